@@ -1,0 +1,90 @@
+"""What the two models minimise.
+
+The U-Net is trained in exactly the parametrisation that `EulerDiscreteScheduler` samples with when `prediction_type` is
+`v_prediction` and `timestep_type` is `continuous`: noisy = latents + sigma * noise, the input is
+noisy / sqrt(sigma^2 + 1), the timestep is log(sigma) / 4 and the output is
+v = (noise - sigma * latents) / sqrt(sigma^2 + 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLTemporalDecoder
+from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as svd
+
+from examples.small_model.config import CLIP_IMAGE_SIZE, Denoiser
+from examples.small_model.data import LatentPool, to_model_range
+from examples.small_model.sprites import FPS
+
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = 0.2, 1.5
+CONDITION_DROPOUT = 0.1
+KL_WEIGHT = 5e-4
+EDGE_WEIGHT = 0.5
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The random part of one denoising batch: `log_sigma` (batch,), noise `values`, `dropped` (batch,) bool."""
+
+    log_sigma: torch.Tensor
+    values: torch.Tensor
+    dropped: torch.Tensor
+
+
+def draw_noise(shape: torch.Size, generator: torch.Generator) -> Noise:
+    """Draw noise levels (log-normal), noise and dropped conditions for latents of `shape` (BFCHW)."""
+    return Noise(
+        log_sigma=torch.randn(shape[0], generator=generator) * LOG_SIGMA_STD + LOG_SIGMA_MEAN,
+        values=torch.randn(shape, generator=generator),
+        dropped=torch.rand(shape[0], generator=generator) < CONDITION_DROPOUT,
+    )
+
+
+def embed_images(denoiser: Denoiser, first_frames: torch.Tensor) -> torch.Tensor:
+    """Return (batch, 1, embedding) from uint8 images, resized and normalised as the pipeline does."""
+    size = (CLIP_IMAGE_SIZE, CLIP_IMAGE_SIZE)
+    resized = svd._resize_with_antialiasing(to_model_range(first_frames), size)  # noqa: SLF001 the pipeline's own resize
+    embeddings: torch.Tensor = denoiser.image_encoder(resized).image_embeds
+    return embeddings[:, None]
+
+
+def denoising_losses(denoiser: Denoiser, pool: LatentPool, clips: torch.Tensor, noise: Noise) -> torch.Tensor:
+    """Return the mean squared error of v for each of `clips` (batch,), a float (batch,)."""
+    latents = pool.latents[clips]
+    sigma = noise.log_sigma.exp()[:, None, None, None, None]
+    scale = (sigma**2 + 1).sqrt()
+    kept = (~noise.dropped).float()
+    image_latents = (pool.image_latents[clips] * kept[:, None, None, None])[:, None].expand_as(latents)
+    embeddings = embed_images(denoiser, pool.first_frames[clips]) * kept[:, None, None]
+    time_ids = torch.stack(
+        [torch.full_like(kept, FPS - 1), pool.motion_bucket_ids[clips].float(), pool.noise_aug[clips]], dim=1
+    )
+    predicted = denoiser.unet(
+        torch.cat([(latents + sigma * noise.values) / scale, image_latents], dim=2),
+        noise.log_sigma / 4,
+        encoder_hidden_states=embeddings,
+        added_time_ids=time_ids,
+    ).sample
+    target = (noise.values - sigma * latents) / scale
+    return (predicted - target).square().mean(dim=(1, 2, 3, 4))
+
+
+def _edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return images.diff(dim=-1), images.diff(dim=-2)
+
+
+def reconstruction_loss(
+    vae: AutoencoderKLTemporalDecoder, pixels: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Return L1 of pixels + L1 of their horizontal and vertical differences + a small KL term, as one scalar."""
+    num_frames = pixels.shape[1]
+    pixels = pixels.flatten(0, 1)
+    posterior = vae.encode(pixels).latent_dist
+    latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+    decoded = vae.decode(latents, num_frames=num_frames).sample
+    edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(decoded), _edges(pixels), strict=True))
+    divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return F.l1_loss(decoded, pixels) + EDGE_WEIGHT * edges + KL_WEIGHT * divergence

@@ -1,0 +1,164 @@
+"""Train the small image-to-video model on procedural sprites: `python -m examples.small_model.train --help`.
+
+Stages, each resumed from its checkpoint when run again: `vae`, `unet` (needs the first), `export` (needs both).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
+
+from examples.small_model import config, data, losses
+from examples.small_model.fit import FitOptions, Run, fit
+
+NUM_TRAINING_CLIPS = 6144
+NUM_HELDOUT_CLIPS = 64
+BATCH_CLIPS = 8
+VAE_CLIPS, VAE_FRAMES = 2, 4
+"""Clips a step and consecutive frames a clip while the autoencoder trains."""
+
+RUNS = Path("runs/small_model")
+MODEL_FOLDER = Path(__file__).parent / "svd-sprites"
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Folder = Annotated[Path, typer.Option(help="Checkpoints, logs and cached data.")]
+Seed = Annotated[int, typer.Option(help="Decides data, initial weights and every draw.")]
+Threads = Annotated[int, typer.Option(help="Torch threads; results repeat bitwise for the same number.")]
+Minutes = Annotated[float | None, typer.Option(help="Stop (resumable) after this many minutes.")]
+
+
+def _frames(folder: Path, seed: int, threads: int) -> tuple[data.FramePool, data.FramePool]:
+    """Return the training and the held-out clips."""
+    cache = folder / "data"
+    return (
+        data.load_frame_pool(seed, NUM_TRAINING_CLIPS, cache, threads),
+        data.load_frame_pool(seed + data.HELDOUT_SEED_OFFSET, NUM_HELDOUT_CLIPS, cache),
+    )
+
+
+def vae_loss(vae: AutoencoderKLTemporalDecoder, generator: torch.Generator, *, frames: data.FramePool) -> torch.Tensor:
+    """Return the loss of one random batch of short clips."""
+    num_clips, num_frames = frames.pixels.shape[:2]
+    clips = torch.randint(num_clips, (VAE_CLIPS,), generator=generator)
+    start = int(torch.randint(num_frames - VAE_FRAMES + 1, (1,), generator=generator))
+    pixels = data.to_model_range(frames.pixels[clips, start : start + VAE_FRAMES])
+    return losses.reconstruction_loss(vae, pixels, generator)
+
+
+def evaluate_vae(vae: AutoencoderKLTemporalDecoder, *, frames: data.FramePool) -> dict[str, float]:
+    """Return the held-out loss and the peak signal-to-noise ratio of whole decoded clips in dB."""
+    pixels = data.to_model_range(frames.pixels[:8])
+    loss = losses.reconstruction_loss(vae, pixels, torch.Generator().manual_seed(0))
+    latents = vae.encode(pixels.flatten(0, 1)).latent_dist.mode()
+    decoded = vae.decode(latents, num_frames=pixels.shape[1]).sample.clamp(-1, 1)
+    errors = (decoded - pixels.flatten(0, 1)).square().mean(dim=(1, 2, 3)) / 4
+    return {"heldout_loss": float(loss), "psnr_db": float(-10 * errors.log10().mean())}
+
+
+def unet_loss(denoiser: config.Denoiser, generator: torch.Generator, *, pool: data.LatentPool) -> torch.Tensor:
+    """Return the loss of one random batch of clips."""
+    clips = torch.randint(len(pool), (BATCH_CLIPS,), generator=generator)
+    shape = torch.Size((BATCH_CLIPS, *pool.latents.shape[1:]))
+    return losses.denoising_losses(denoiser, pool, clips, losses.draw_noise(shape, generator)).mean()
+
+
+def evaluate_unet(denoiser: config.Denoiser, *, pool: data.LatentPool) -> dict[str, float]:
+    """Return the held-out loss over fixed noise, its noise levels at even quantiles of the training distribution."""
+    quantiles = (torch.arange(len(pool)) + 0.5) / len(pool)
+    log_sigma = losses.LOG_SIGMA_MEAN + losses.LOG_SIGMA_STD * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
+    noise = torch.randn(pool.latents.shape, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for clips in torch.arange(len(pool)).split(BATCH_CLIPS):
+        kept = torch.zeros(len(clips), dtype=torch.bool)
+        noise = losses.Noise(log_sigma[clips], noise[clips], kept)
+        parts.append(losses.denoising_losses(denoiser, pool, clips, noise))
+    return {"heldout_loss": float(torch.cat(parts).mean())}
+
+
+def trained_vae(folder: Path, frames: data.FramePool) -> AutoencoderKLTemporalDecoder:
+    """Return the averaged autoencoder of a checkpoint, its scaling factor measured on `frames`."""
+    vae = config.make_vae(config.ModelConfig())
+    run = Run(vae, FitOptions(folder / "vae", seed=0, steps=0, learning_rate=0.0))
+    if not run.options.checkpoint.exists():
+        raise typer.BadParameter(f"no autoencoder in {run.options.checkpoint}; run the stage `vae` first")
+    run.restore()
+    run.average.__enter__()
+    vae.requires_grad_(False)
+    vae.register_to_config(scaling_factor=data.latent_scale(vae, frames))
+    return vae
+
+
+@app.command("vae")
+def train_vae(
+    folder: Folder = RUNS,
+    seed: Seed = 0,
+    threads: Threads = 2,
+    steps: int = 1000,
+    decay_steps: int = 400,
+    minutes: Minutes = None,
+    learning_rate: float = 1.5e-3,
+) -> None:
+    """Train the autoencoder on short clips."""
+    torch.set_num_threads(threads)
+    frames, heldout = _frames(folder, seed, threads)
+    torch.manual_seed(seed)
+    options = FitOptions(
+        folder / "vae", seed, steps, learning_rate, decay_steps=decay_steps, ema_decay=0.99, minutes=minutes
+    )
+    run = Run(config.make_vae(config.ModelConfig()), options)
+    fit(run, functools.partial(vae_loss, frames=frames), functools.partial(evaluate_vae, frames=heldout))
+
+
+@app.command("unet")
+def train_unet(
+    folder: Folder = RUNS,
+    seed: Seed = 0,
+    threads: Threads = 2,
+    steps: int = 6000,
+    decay_steps: int = 800,
+    minutes: Minutes = None,
+    learning_rate: float = 1e-3,
+) -> None:
+    """Train the U-Net and the image encoder on the autoencoder's latents."""
+    torch.set_num_threads(threads)
+    frames, heldout_frames = _frames(folder, seed, threads)
+    vae = trained_vae(folder, frames)
+    pool = data.load_latent_pool(vae, frames, seed, folder / "data" / "latents-train.safetensors")
+    heldout = data.encode_pool(vae, heldout_frames, seed + data.HELDOUT_SEED_OFFSET)
+    torch.manual_seed(seed)
+    options = FitOptions(
+        folder / "unet", seed, steps, learning_rate, decay_steps=decay_steps, evaluate_every=200, minutes=minutes
+    )
+    run = Run(config.Denoiser(config.ModelConfig()), options)
+    fit(run, functools.partial(unet_loss, pool=pool), functools.partial(evaluate_unet, pool=heldout))
+
+
+@app.command("export")
+def export(folder: Folder = RUNS, seed: Seed = 0, threads: Threads = 1, target: Path = MODEL_FOLDER) -> None:
+    """Write the averaged weights as a float16 pipeline folder."""
+    torch.set_num_threads(threads)
+    frames, _ = _frames(folder, seed, threads)
+    denoiser = config.Denoiser(config.ModelConfig())
+    run = Run(denoiser, FitOptions(folder / "unet", seed=seed, steps=0, learning_rate=0.0))
+    run.restore()
+    run.average.__enter__()
+    pipeline = StableVideoDiffusionPipeline(
+        vae=trained_vae(folder, frames).half(),
+        image_encoder=denoiser.image_encoder.half(),
+        unet=denoiser.unet.half(),
+        scheduler=config.make_scheduler(),
+        feature_extractor=config.make_feature_extractor(),
+    )
+    pipeline.save_pretrained(target)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    typer.echo(f"step {run.step}: wrote {size / 1e6:.2f} MB to {target.name}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,176 @@
+"""One call of a model, taken apart: the tensors it passes, and everything else, which becomes part of the signature.
+
+A call is bound to the parameters of `forward`, so that positional and keyword spellings are one. Its arguments are
+flattened as pytrees; tensor leaves are the inputs of the captured graph, every other leaf is a constant of the signature.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from lightcache_fx.errors import ArgumentError
+from lightcache_fx.policy import Rate
+
+_CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, torch.Size, slice, range, type(Ellipsis),
+)  # fmt: skip
+
+_STEP_NAMES = frozenset({"t", "sigma", "sigmas"})
+_LATENT_NAMES = frozenset({"sample", "x", "latents", "latent"})
+
+
+def default_rate(parameter: str, *, first: bool) -> Rate:
+    """The rate of a model argument where the policy declares none, by the field's naming of forward parameters.
+
+    Timesteps change every step; the first argument, hidden states and the additional residuals of a side network change
+    with the latent; everything else (prompt, image, size, masks) is fixed for one generation. A wrong guess costs speed,
+    never correctness: hoisted values are recomputed whenever an input that they read is another one.
+    """
+    if "timestep" in parameter or parameter in _STEP_NAMES:
+        return "step"
+    if first or parameter in _LATENT_NAMES or parameter.endswith(("residuals", "residual", "block_samples")):
+        return "latent"
+    if parameter.endswith("hidden_states") and "encoder" not in parameter:
+        return "latent"
+    return "run"
+
+
+@dataclass(frozen=True)
+class InputLeaf:
+    """One tensor argument: where it stands in the call and how often it changes."""
+
+    name: str
+    parameter: str
+    rate: Rate
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """The tree of a call without its tensors. Equal layouts of equal tensor types share one capture."""
+
+    spec: pytree.TreeSpec = field(hash=False)
+    constants: tuple[tuple[int, object], ...] = field(compare=False)
+    constant_keys: tuple[tuple[int, type, object], ...]
+    leaves: tuple[InputLeaf, ...]
+    positions: tuple[int, ...]
+    tensor_types: tuple[tuple[object, ...], ...]
+
+    def rebuild(self, tensors: Sequence[object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's `(args, kwargs)` with `tensors` in the tensor places."""
+        flat: list[object] = [None] * (len(self.constants) + len(self.positions))
+        for position, value in self.constants:
+            flat[position] = value
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            flat[position] = tensor
+        args, kwargs = pytree.tree_unflatten(flat, self.spec)
+        return args, kwargs
+
+
+@dataclass(frozen=True)
+class Call:
+    """A layout and its tensors, in the layout's order."""
+
+    layout: CallLayout
+    tensors: tuple[torch.Tensor, ...]
+
+    def of_rate(self, rate: Rate) -> tuple[torch.Tensor, ...]:
+        """The tensors of one rate."""
+        return tuple(t for t, leaf in zip(self.tensors, self.layout.leaves, strict=True) if leaf.rate == rate)
+
+
+class CallReader:
+    """Reads calls of one `forward` method.
+
+    Args:
+        forward: the unbound method, `self` first.
+        rates: declared rates by parameter name; they override `default_rate`.
+        owner: the name of the model's class, for messages.
+
+    Raises:
+        ArgumentError: a rate names a parameter that `forward` does not have.
+    """
+
+    def __init__(self, forward: Callable[..., Any], *, rates: Mapping[str, Rate], owner: str) -> None:
+        self.owner = owner
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        self._signature = inspect.Signature(parameters)
+        names = [p.name for p in parameters]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        unknown = [name for name in rates if name not in names and not takes_any]
+        if unknown:
+            raise ArgumentError(f"rates: {owner}.forward has no parameter {unknown[0]!r}; it has {', '.join(names)}")
+        self._rates = {name: rates.get(name, default_rate(name, first=i == 0)) for i, name in enumerate(names)}
+        self._declared = dict(rates)
+
+    def read(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
+        """Bind and flatten one call.
+
+        Returns:
+            the call; a Python number given for a parameter of rate `step` has become a 0-d tensor (float64 or int64) on
+            the device of the call's first tensor.
+
+        Raises:
+            TypeError: the arguments do not fit `forward`, as Python words it.
+            ArgumentError: an argument is of a type that can be neither captured nor compared.
+        """
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        names = [p.name for p in self._signature.parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+        flat, spec = pytree.tree_flatten_with_path((bound.args, bound.kwargs))
+        device = next((leaf.device for _, leaf in flat if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        constants: list[tuple[int, object]] = []
+        leaves: list[InputLeaf] = []
+        tensors: list[torch.Tensor] = []
+        positions: list[int] = []
+        for position, (path, leaf) in enumerate(flat):
+            parameter, name = self._name_of(path, names)
+            rate = self._rate_of(parameter)
+            if rate == "step" and isinstance(leaf, numbers.Real) and not isinstance(leaf, bool):
+                leaf = _number_tensor(leaf, device)
+            if isinstance(leaf, torch.Tensor):
+                leaves.append(InputLeaf(name, parameter, rate))
+                tensors.append(leaf)
+                positions.append(position)
+            elif isinstance(leaf, _CONSTANTS):
+                constants.append((position, leaf))
+            else:
+                raise ArgumentError(
+                    f"{self.owner}: argument {name} is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected tensors,"
+                    f" numbers, strings, None, or tuples, lists and dicts of them; pass its tensors as such, or register the"
+                    f" type with torch.utils._pytree.register_dataclass"
+                )
+        types = tuple(_tensor_type(tensor) for tensor in tensors)
+        keys = tuple((p, type(value), repr(value) if isinstance(value, slice) else value) for p, value in constants)
+        layout = CallLayout(spec, tuple(constants), keys, tuple(leaves), tuple(positions), types)
+        return Call(layout, tuple(tensors))
+
+    def _rate_of(self, parameter: str) -> Rate:
+        return self._rates.get(parameter) or self._declared.get(parameter) or default_rate(parameter, first=False)
+
+    def _name_of(self, path: tuple[Any, ...], positional: list[str]) -> tuple[str, str]:
+        """`(parameter, printable name)` of a leaf; `**kwargs` and `*args` entries count as parameters of their own."""
+        side, key = path[0].idx, path[1]
+        parameter = (positional[key.idx] if key.idx < len(positional) else f"args{key.idx}") if side == 0 else key.key
+        return parameter, parameter + pytree.keystr(path[2:])
+
+
+def _number_tensor(value: numbers.Real, device: torch.device) -> torch.Tensor:
+    dtype = torch.int64 if isinstance(value, numbers.Integral) else torch.float64
+    return torch.tensor(int(value) if dtype is torch.int64 else float(value), dtype=dtype, device=device)
+
+
+def _tensor_type(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What a capture is valid for: shape, strides that matter (those of sizes above 1), dtype, device."""
+    strides = None
+    if not tensor.is_contiguous():
+        strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tuple(tensor.shape), strides, tensor.dtype, tensor.device

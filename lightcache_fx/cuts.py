@@ -1,0 +1,279 @@
+"""From what a policy says to nodes of a captured graph: which values stand in for recomputing them.
+
+A cut is a tuple of slots. A `value` slot keeps a node's value; on a reuse step every use of the node reads the slot. A
+`residual` slot keeps `node - base`; on a reuse step the node's uses read `base + slot`, with the new `base`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from lightcache_fx.errors import CutError, nearest
+from lightcache_fx.flops import count_flops
+from lightcache_fx.graphs import ancestors, describe, input_of, is_view, num_bytes, outputs, placeholders
+from lightcache_fx.joins import find_joins
+from lightcache_fx.marks import MARK, Mark, marked_nodes
+from lightcache_fx.policy import Auto, Cut, Rate, Residual
+from lightcache_fx.rates import changes_within_run, rates_of
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One piece of state kept between steps.
+
+    Attributes:
+        name: unique within a plan.
+        node: name of the graph node that is kept.
+        base: for a residual, the name of the node that the difference is taken to; None for a value.
+        num_bytes: bytes of the kept tensor.
+    """
+
+    name: str
+    node: str
+    base: str | None
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class CutChoice:
+    """A resolved cut, with what it keeps and what it leaves to do.
+
+    Attributes:
+        label: how the cut was found, for tables.
+        slots: what is kept.
+        kept_bytes: the slots' bytes.
+        reuse_flops: FLOPs of a reuse step.
+        reuse_weight_bytes: bytes of the weights that a reuse step reads.
+        reads_latent: whether a reuse step still depends on the current latent.
+    """
+
+    label: str
+    slots: tuple[Slot, ...]
+    kept_bytes: int
+    reuse_flops: int
+    reuse_weight_bytes: int
+    reads_latent: bool
+
+
+@dataclass
+class GraphFacts:
+    """A captured graph and the analyses that cutting needs, each made once."""
+
+    graph: fx.Graph
+    marks: tuple[Mark, ...] = ()
+    known_flops: Mapping[str, int] | None = None
+    flops: Mapping[fx.Node, int] = field(init=False)
+    rates: Mapping[fx.Node, Rate] = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = self.known_flops
+        self.flops = count_flops(self.graph) if known is None else {n: known.get(n.name, 0) for n in self.graph.nodes}
+        self.rates = rates_of(self.graph)
+
+    def total_flops(self) -> int:
+        """FLOPs of the whole graph."""
+        return sum(self.flops.values())
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that the graph reads."""
+        return sum(num_bytes(node) for node in placeholders(self.graph) if input_of(node).kind == "weight")
+
+
+def choose_cut(facts: GraphFacts, cut: Cut, module: nn.Module) -> tuple[CutChoice, list[CutChoice]]:
+    """Resolve what a policy asks for.
+
+    Returns:
+        the cut, and for `Auto` the table of candidates it was chosen from (empty otherwise).
+
+    Raises:
+        CutError: the depth, path or range is not in the graph, cannot be kept, or does not reach the output; the message
+            names what there is instead.
+    """
+    match cut:
+        case Residual():
+            choice = residual_cut(facts, cut.first, cut.last, module)
+        case Auto():
+            from lightcache_fx.cut_search import search_cuts
+
+            return search_cuts(facts, module, cut.max_kept_bytes)
+        case int():
+            choice = depth_cut(facts, cut)
+        case str():
+            choice = module_cut(facts, [cut], module)
+        case _:
+            choice = module_cut(facts, cut, module)
+    return choice, []
+
+
+def depth_cut(facts: GraphFacts, depth: int) -> CutChoice:
+    """The up-path value that skip connection number `depth`, counted from the outermost, joins."""
+    joins = find_joins(facts.graph, facts.flops, facts.rates)
+    if not joins:
+        raise CutError(
+            f"cut={depth}: the graph has no skip connections that join an up path, so there is no depth to cut at; cut at a"
+            f" module path, at Residual(first=..., last=...) or with 'auto'"
+        )
+    if depth >= len(joins):
+        raise CutError(f"cut={depth}: the model has {len(joins)} skip connections, so branch 0 to {len(joins) - 1} exist")
+    return measure_cut(facts, f"branch {depth}", [(joins[depth], None)])
+
+
+def module_cut(facts: GraphFacts, paths: Sequence[str], module: nn.Module) -> CutChoice:
+    """Everything that the named modules return, as far as it changes within a run."""
+    found = marked_nodes(facts.graph, facts.marks)
+    kept: list[tuple[fx.Node, fx.Node | None]] = []
+    for path in paths:
+        check_path(module, path)
+        marked = [mark for mark in facts.marks if mark.path == path and mark.side == "out"]
+        if not marked:
+            raise CutError(f"cut={path!r}: the module is never called in this forward, or returns no tensor; cut at its caller")
+        alive = [found[mark] for mark in marked if mark in found]
+        if not alive:
+            raise CutError(f"cut={path!r}: nothing that the module returns reaches the output; cut at a module that does")
+        moving = [node for node in alive if changes_within_run(facts.rates[node])]
+        if not moving:
+            raise CutError(f"cut={path!r}: what the module returns does not change within a run, so keeping it saves nothing")
+        kept += [(node, None) for node in moving]
+    return measure_cut(facts, ", ".join(paths), kept)
+
+
+def residual_cut(facts: GraphFacts, first: str, last: str, module: nn.Module) -> CutChoice:
+    """`out - in` of each stream that goes through the modules `first` to `last`."""
+    for path in (first, last):
+        check_path(module, path)
+    return measure_cut(facts, f"residual {first} .. {last}", residual_streams(facts, first, last))
+
+
+def residual_streams(facts: GraphFacts, first: str, last: str) -> list[tuple[fx.Node, fx.Node | None]]:
+    """Pairs of a stream's value after `last` and before `first`.
+
+    A stream's input is the argument of `first` that the result is reached from by additions alone; where no chain of
+    additions shows it, the one argument of the same type that the result depends on.
+    """
+    found = marked_nodes(facts.graph, facts.marks)
+    label = f"Residual(first={first!r}, last={last!r})"
+    entries = [n for m, n in found.items() if m.path == first and m.side == "in" and facts.rates[n] == "latent"]
+    exits = [n for m, n in found.items() if m.path == last and m.side == "out" and changes_within_run(facts.rates[n])]
+    if not entries or not exits:
+        raise CutError(f"{label}: no stream that changes with the latent enters {first!r} and leaves {last!r}")
+    streams: list[tuple[fx.Node, fx.Node | None]] = []
+    for node in exits:
+        before = ancestors([node])
+        alike = [e for e in entries if e in before and _type_of(e) == _type_of(node)]
+        summed = [e for e in alike if e in _addends(node)]
+        if len(summed or alike) != 1:
+            names = ", ".join(describe(e) for e in summed or alike) or "none"
+            raise CutError(
+                f"{label}: cannot tell which input of {first!r} is the stream of {describe(node)}; expected one of its type,"
+                f" found {names}; name the first and last block of one stack, first before last"
+            )
+        streams.append((node, (summed or alike)[0]))
+    return streams
+
+
+def _addends(node: fx.Node) -> set[fx.Node]:
+    """What a value is a sum of: additions, marks and views are walked through."""
+    def leaf(n: fx.Node) -> bool:
+        return n.op != "call_function" or not (n.target in (MARK, torch.ops.aten.add.Tensor) or is_view(n))
+
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in found:
+            continue
+        found.add(current)
+        if not leaf(current):
+            stack += current.all_input_nodes
+    return found
+
+
+def _type_of(node: fx.Node) -> tuple[object, ...]:
+    value = node.meta["val"]
+    return tuple(value.shape), value.dtype, value.device
+
+
+def measure_cut(facts: GraphFacts, label: str, kept: Sequence[tuple[fx.Node, fx.Node | None]]) -> CutChoice:
+    """Number the slots of a cut and count what a reuse step keeps, computes and reads.
+
+    Raises:
+        CutError: a kept value does not reach the output.
+    """
+    nodes = {node for node, _ in kept}
+    live = ancestors([n for n in outputs(facts.graph) if isinstance(n, fx.Node)])
+    for node in nodes - live:
+        raise CutError(f"cut {label}: {describe(node)} does not reach the output, so keeping it changes nothing")
+    remaining = reuse_nodes(facts.graph, kept)
+    weights = [n for n in remaining if n.op == "placeholder" and input_of(n).kind == "weight"]
+    slots = tuple(
+        Slot(f"slot_{i}", node.name, base.name if base is not None else None, num_bytes(node)) for i, (node, base) in enumerate(kept)
+    )
+    return CutChoice(
+        label=label,
+        slots=slots,
+        kept_bytes=sum(slot.num_bytes for slot in slots),
+        reuse_flops=sum(facts.flops.get(node, 0) for node in remaining),
+        reuse_weight_bytes=sum(map(num_bytes, weights)),
+        reads_latent=any(n.op == "placeholder" and input_of(n).rate == "latent" for n in remaining),
+    )
+
+
+def reuse_nodes(graph: fx.Graph, kept: Sequence[tuple[fx.Node, fx.Node | None]]) -> set[fx.Node]:
+    """The nodes that still run on a reuse step."""
+    bases = {node: base for node, base in kept}
+    roots = [n for n in outputs(graph) if isinstance(n, fx.Node)]
+    found: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in bases:
+            base = bases[node]
+            if base is not None and base not in found:
+                stack.append(base)
+            continue
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def check_path(module: nn.Module, path: str) -> None:
+    """Raise a `CutError` with the nearest names where `path` is no submodule."""
+    known = [name for name, _ in module.named_modules() if name]
+    if path not in known:
+        raise CutError(f"cut={path!r}: {type(module).__name__} has no such module{nearest(path, known)}")
+
+
+def paths_to_mark(cut: Cut, module: nn.Module) -> list[str]:
+    """The module paths whose arguments and results a capture must mark for this cut.
+
+    Raises:
+        CutError: a path is no submodule.
+    """
+    match cut:
+        case Residual():
+            paths = [cut.first, cut.last]
+        case Auto():
+            paths = [path for blocks in block_lists(module) for path in blocks]
+        case str():
+            paths = [cut]
+        case list():
+            paths = cut
+        case _:
+            paths = []
+    for path in paths:
+        check_path(module, path)
+    return list(dict.fromkeys(paths))
+
+
+def block_lists(module: nn.Module) -> list[list[str]]:
+    """The model's own stacks of blocks: `ModuleList`s of at least two members directly below it."""
+    return [
+        [f"{name}.{index}" for index in range(len(child))]
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) > 1
+    ]

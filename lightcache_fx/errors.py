@@ -1,0 +1,52 @@
+"""Every error that lightcache_fx raises on purpose.
+
+A message names the argument, node or module it is about, what was expected, what came and what to try. State is left as
+it was: an error raised while capturing or planning leaves the user's module and every earlier program usable.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LightcacheError(Exception):
+    """Base of all errors of this package."""
+
+
+class ArgumentError(LightcacheError, TypeError):
+    """An argument of a public function, or of a model call, has the wrong type or cannot be understood."""
+
+
+class PolicyError(LightcacheError, ValueError):
+    """A policy has an unknown key or an impossible value."""
+
+
+class CaptureError(LightcacheError, RuntimeError):
+    """A model cannot be captured as one static graph."""
+
+
+class CaptureMismatchError(CaptureError):
+    """A captured graph does not compute what the eager model computes, so it is refused."""
+
+
+class CutError(LightcacheError, ValueError):
+    """A cut names something that the captured graph does not have, or that cannot be kept from step to step."""
+
+
+class ScheduleError(LightcacheError, ValueError):
+    """A schedule does not fit the run it is used in."""
+
+
+class TransformError(LightcacheError, ValueError):
+    """A module cannot be transformed or restored in the state it is in."""
+
+
+class PassError(LightcacheError, RuntimeError):
+    """A graph pass broke its contract: a fault of this package, not of the caller."""
+
+
+def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """`; did you mean 'a', 'b'?` for a misspelt `name`, or an empty string when nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,67 @@
+"""FLOPs of a graph's nodes, by torch's own counter registry (a multiply-add counts as two)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightcache_fx.graphs import calls, is_view
+
+
+def count_flops(graph: fx.Graph) -> dict[fx.Node, int]:
+    """FLOPs of every call, from shapes alone.
+
+    Each distinct operator call is run once on fake tensors under `torch.utils.flop_counter`, which decomposes what has no
+    formula of its own (linear, matmul, attention). Opaque submodules carry the count of their warm-up call.
+
+    Source: `torch.utils.flop_counter.flop_registry`.
+    """
+    counter = _Counter()
+    return {node: counter.of(node) for node in calls(graph)}
+
+
+def total_flops(graph: fx.Graph) -> int:
+    """The sum over a graph's nodes."""
+    return sum(count_flops(graph).values())
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self._known: dict[Hashable, int] = {}
+
+    def of(self, node: fx.Node) -> int:
+        if node.op == "call_module":
+            return int(node.meta["lightcache_flops"])
+        if not isinstance(node.target, OpOverload) or is_view(node) or torch.Tag.pointwise in node.target.tags:
+            return 0
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        key = (node.target, str(spec), tuple(map(_type_key, flat)))
+        if key not in self._known:
+            self._known[key] = self._count(node.target, flat, spec)
+        return self._known[key]
+
+    @staticmethod
+    def _count(target: OpOverload, flat: Iterable[object], spec: pytree.TreeSpec) -> int:
+        with FakeTensorMode(), torch.no_grad():  # one mode for all: values of a real-tensor trace come from many
+            leaves = [_twin(x) if isinstance(x, torch.Tensor) else x for x in flat]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            with FlopCounterMode(display=False) as counter:
+                target(*args, **kwargs)
+        return int(counter.get_total_flops())
+
+
+def _twin(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _type_key(value: object) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), tuple(value.stride()), value.dtype, value.device
+    return (type(value), str(value))

@@ -1,0 +1,161 @@
+"""Small facts about FX nodes that analyses, passes and programs share."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from lightcache_fx.policy import Rate
+
+InputKind = Literal["weight", "constant", "user", "slot", "hoisted"]
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """What a placeholder stands for.
+
+    Attributes:
+        kind: a weight (parameter or buffer), a tensor constant of the capture, a tensor of the call, a cached value of an
+            earlier step, or a value computed once a generation.
+        name: full weight name, argument name, slot name or hoisted value's name.
+        rate: how often it can change.
+    """
+
+    kind: InputKind
+    name: str
+    rate: Rate
+
+
+def input_of(node: fx.Node) -> GraphInput:
+    """The binding of a placeholder."""
+    found: GraphInput = node.meta["lightcache_input"]
+    return found
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph, in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The one output node."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def outputs(graph: fx.Graph) -> tuple[Any, ...]:
+    """The values that a graph returns: always a flat tuple of nodes and constants."""
+    return tuple(output_node(graph).args[0])  # type: ignore[arg-type]
+
+
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    """The (fake) tensors that a node produces."""
+    return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+
+
+def num_bytes(node: fx.Node) -> int:
+    """Bytes of a node's own elements, whatever its storage is."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(node))
+
+
+def describe(node: fx.Node) -> str:
+    """`%name f32[2,4] (module.path)`, for messages and tables."""
+    from lightcache_fx.printer import format_type
+
+    where = module_path(node)
+    return f"%{node.name} {format_type(node.meta.get('val'))}" + (f" ({where})" if where else "")
+
+
+def module_stack(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules whose call made a node, outermost first; the k-th call of a module ends in `@k`."""
+    return tuple(path for path, _ in node.meta.get("nn_module_stack", {}).values() if path)
+
+
+def module_path(node: fx.Node) -> str:
+    """The innermost module of a node, without the call number."""
+    stack = module_stack(node)
+    return stack[-1].partition("@")[0] if stack else ""
+
+
+def schema_of(node: fx.Node) -> torch._C.FunctionSchema | None:
+    """The operator schema of a call, or None for `getitem` and other Python functions."""
+    return node.target._schema if isinstance(node.target, OpOverload) else None
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the result may share storage with an argument, by the operator's own alias annotations."""
+    schema = schema_of(node)
+    if schema is None:
+        return node.target is operator.getitem
+    return any(r.alias_info is not None for r in schema.returns)
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node whose storage a value may live in: follows views and `getitem` to the first operator that allocates."""
+    while node.op == "call_function" and is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Whether a call does more than return its value.
+
+    torch marks every nondeterministic operator as impure, dropout and scaled dot-product attention among them, which
+    keeps dead attention alive. Here only inputs, outputs, operators that write their arguments, and operators that
+    return nothing are impure.
+    """
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = schema_of(node)
+    return schema is not None and (schema.is_mutable or not schema.returns)
+
+
+def eliminate_dead_code(graph: fx.Graph) -> int:
+    """Remove pure calls without users; returns how many went. Placeholders stay."""
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(is_impure_node=is_impure)
+    return before - len(graph.nodes)
+
+
+def drop_unused_inputs(graph: fx.Graph, kinds: Iterable[InputKind]) -> int:
+    """Remove placeholders of the given kinds that nobody reads; returns how many went."""
+    wanted = set(kinds)
+    unused = [node for node in placeholders(graph) if not node.users and input_of(node).kind in wanted]
+    for node in unused:
+        graph.erase_node(node)
+    return len(unused)
+
+
+def ancestors(roots: Iterable[fx.Node], *, stop: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
+    """All nodes that `roots` depend on, themselves included; a node for which `stop` holds is not walked into or kept."""
+    found: set[fx.Node] = set()
+    stack = [node for node in roots if not stop(node)]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack += [arg for arg in node.all_input_nodes if arg not in found and not stop(arg)]
+    return found
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy with the same node names and metadata, and the map from old nodes to new ones."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    returned = new.graph_copy(graph, mapping)
+    new.output(returned)
+    for old, copied in mapping.items():
+        copied.meta = dict(old.meta)
+    return new, mapping
+
+
+def calls(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Every node that computes something."""
+    return (node for node in graph.nodes if node.op in ("call_function", "call_module"))

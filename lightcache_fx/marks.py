@@ -1,0 +1,84 @@
+"""Finding a module's arguments and results in its captured graph, exactly.
+
+A graph does not say which values a module returned: a module may hand its input through, or share a value with its caller.
+While a capture is traced, forward hooks on the modules of interest pass their tensors through `lightcache::mark`, an
+identity that stays in the graph as a named place to cut and is erased from every program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One marked tensor: argument or result number `index` (in flattened order) of a module's `call`-th call."""
+
+    path: str
+    side: Literal["in", "out"]
+    call: int
+    index: int
+
+
+@torch.library.custom_op("lightcache::mark", mutates_args=())
+def mark(tensor: torch.Tensor, tag: int) -> torch.Tensor:
+    """The identity, with a tag to find it by."""
+    return tensor.clone()
+
+
+@mark.register_fake
+def _(tensor: torch.Tensor, tag: int) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+MARK = torch.ops.lightcache.mark.default
+
+
+@contextmanager
+def marked_modules(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Mark]]:
+    """While active, the tensors that go into and come out of the named submodules are marked; yields what each tag means."""
+    marks: list[Mark] = []
+    handles: list[Any] = []
+    try:
+        for path in paths:
+            before, after = _hooks(path, marks)
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        yield marks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(path: str, marks: list[Mark]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    calls = {"in": 0, "out": 0}
+
+    def pass_through(tree: object, side: Literal["in", "out"]) -> object:
+        flat, spec = pytree.tree_flatten(tree)
+        for index, leaf in enumerate(flat):
+            if isinstance(leaf, torch.Tensor):
+                flat[index] = mark(leaf, len(marks))
+                marks.append(Mark(path, side, calls[side], index))
+        calls[side] += 1
+        return pytree.tree_unflatten(flat, spec)
+
+    def before(_module: nn.Module, args: object, kwargs: object) -> Any:
+        return pass_through((args, kwargs), "in")
+
+    def after(_module: nn.Module, _args: object, output: object) -> object:
+        return pass_through(output, "out")
+
+    return before, after
+
+
+def marked_nodes(graph: fx.Graph, marks: Sequence[Mark]) -> dict[Mark, fx.Node]:
+    """The node of each mark that is still alive in the graph."""
+    return {marks[int(node.args[1])]: node for node in graph.nodes if node.target is MARK}  # type: ignore[arg-type]

@@ -1,0 +1,158 @@
+"""What the planner decided, from a policy: which values are hoisted and kept, when, and what that costs. Printable."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lightcache_fx.capture import Capture
+from lightcache_fx.cuts import CutChoice, GraphFacts, choose_cut
+from lightcache_fx.graphs import copy_graph
+from lightcache_fx.hoisting import HoistPlan, plan_hoisting
+from lightcache_fx.passes.split_run_invariants import split_run_invariants
+from lightcache_fx.policy import Policy
+from lightcache_fx.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions for one signature; passes only carry them out.
+
+    Attributes:
+        model: class name of the model.
+        policy: what the user asked for.
+        schedule: which steps are full.
+        hoist: what is computed once a generation.
+        cut: what is kept between steps, or None.
+        candidates: for `cut="auto"`, every cut that was considered, by reuse FLOPs.
+        full_flops: FLOPs of a full step after hoisting.
+        weight_bytes: bytes of the weights that the model reads.
+        notes: what a user should know before trusting the result.
+    """
+
+    model: str
+    policy: Policy
+    schedule: Schedule
+    hoist: HoistPlan
+    cut: CutChoice | None
+    candidates: tuple[CutChoice, ...]
+    full_flops: int
+    weight_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes held between steps because of caching: exactly the cut's."""
+        return self.cut.kept_bytes if self.cut is not None else 0
+
+    def reuse_flops(self) -> int:
+        """FLOPs of a reuse step; those of a full step where nothing is cached."""
+        return self.cut.reuse_flops if self.cut is not None else self.full_flops
+
+    def flop_bound_speedup(self, num_steps: int) -> float:
+        """Full FLOPs of `num_steps` steps over those that the schedule leaves: what caching can gain at most."""
+        num_full = sum(self.schedule.is_full(step, num_steps) for step in range(num_steps))
+        spent = num_full * self.full_flops + (num_steps - num_full) * self.reuse_flops()
+        return num_steps * self.full_flops / spent if spent else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON and YAML."""
+        cut = self.cut
+        return {
+            "model": self.model,
+            "schedule": self.schedule.describe(),
+            "hoisted": {"values": len(self.hoist.values), "bytes": self.hoist.num_bytes, "flops": self.hoist.flops},
+            "full": {"flops": self.full_flops, "weight_bytes": self.weight_bytes},
+            "reuse": None if cut is None else {"flops": cut.reuse_flops, "weight_bytes": cut.reuse_weight_bytes},
+            "cut": None if cut is None else {"label": cut.label, "kept_bytes": cut.kept_bytes, "slots": len(cut.slots)},
+            "notes": list(self.notes),
+        }
+
+    def tables(self) -> list[Table]:
+        """Rich tables: the programs, the cut, what was hoisted and, for `auto`, the candidates."""
+        programs = Table(title=f"{self.model}: {self.schedule.describe()}", title_justify="left")
+        for column in ("program", "GFLOP", "of full", "weights read", "state"):
+            programs.add_column(column, justify="left" if column == "program" else "right")
+        if self.hoist.values:
+            held = f"{format_bytes(self.hoist.num_bytes)} in {len(self.hoist.values)} hoisted values"
+            programs.add_row("prologue (once a run)", *_work(self.hoist.flops, self.full_flops), "", held)
+        kept = f"{format_bytes(self.kept_bytes)} in {len(self.cut.slots)} slots" if self.cut else ""
+        programs.add_row("full", *_work(self.full_flops, self.full_flops), format_bytes(self.weight_bytes), kept)
+        if self.cut is not None:
+            programs.add_row(
+                f"reuse: {self.cut.label}", *_work(self.cut.reuse_flops, self.full_flops), format_bytes(self.cut.reuse_weight_bytes), ""
+            )
+        return [programs, _candidate_table(self.candidates, self.full_flops)] if self.candidates else [programs]
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, force_terminal=False, highlight=False)
+        for table in self.tables():
+            console.print(table)
+        for note in self.notes:
+            console.print(f"note: {note}")
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return str(text).rstrip()
+
+
+def _candidate_table(candidates: tuple[CutChoice, ...], full_flops: int) -> Table:
+    table = Table(title="candidate cuts, by reuse FLOPs", title_justify="left")
+    for column in ("cut", "kept", "GFLOP", "of full", "weights read"):
+        table.add_column(column, justify="left" if column == "cut" else "right")
+    for cut in candidates:
+        table.add_row(
+            cut.label, format_bytes(cut.kept_bytes), *_work(cut.reuse_flops, full_flops), format_bytes(cut.reuse_weight_bytes)
+        )
+    return table
+
+
+def _work(flops: int, full_flops: int) -> tuple[str, str]:
+    return f"{flops / 1e9:.3f}", f"{flops / full_flops:.1%}" if full_flops else "-"
+
+
+def format_bytes(count: int) -> str:
+    """`281.2 MiB`."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
+    """Decide everything that the passes carry out.
+
+    Raises:
+        CutError: the policy's cut cannot be made in this graph.
+    """
+    graph = capture.graph_module.graph
+    facts = GraphFacts(graph, capture.marks)
+    hoist = plan_hoisting(facts, policy.max_hoisted_bytes) if policy.hoist else HoistPlan()
+    step_graph, _ = copy_graph(graph)
+    split_run_invariants(step_graph, plan=hoist)
+    step = GraphFacts(step_graph, capture.marks, known_flops={node.name: count for node, count in facts.flops.items()})
+    choice, candidates = choose_cut(step, policy.cache.cut, module) if policy.cache is not None else (None, [])
+    notes = []
+    if choice is not None and not choice.reads_latent:
+        notes.append(
+            f"a reuse step of cut {choice.label} does not read the current latent: it repeats the last full step's"
+            f" prediction; for a transformer Residual(first=..., last=...) keeps the latent"
+        )
+    if choice is not None and choice.reuse_flops >= step.total_flops():
+        notes.append(f"cut {choice.label} saves no FLOPs")
+    return Plan(
+        model=type(module).__name__,
+        policy=policy,
+        schedule=Schedule.of(policy.cache),
+        hoist=hoist,
+        cut=choice,
+        candidates=tuple(candidates),
+        full_flops=step.total_flops(),
+        weight_bytes=step.weight_bytes(),
+        notes=tuple(notes),
+    )

@@ -1,0 +1,226 @@
+"""What the user wants: typed, validated settings with a YAML round trip.
+
+    Policy()                                             # lossless: nothing is approximated
+    Policy.deepcache(interval=3, branch=0)               # the published baseline
+    Policy(cache=Cache(cut="transformer_blocks.7", interval=2))
+    Policy(cache=Cache(cut=Residual(first="blocks.1", last="blocks.26"), steps=[0, 1, 5, 10]))
+    Policy(cache=Cache(cut="auto", interval=4))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+
+from lightcache_fx.errors import PolicyError, nearest
+
+Rate = Literal["const", "run", "step", "latent"]
+"""How often a value can change: never, once a generation, once a denoising step, or with the latent itself."""
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(value: object) -> object:
+    """`"64MiB"`, `"1.5 GB"` or a whole number -> bytes; anything else comes back as it is, for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"expected a number of bytes such as 1048576, '64MiB' or '1.5GB', got {value!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), pydantic.Field(gt=0)]
+StepIndex = Annotated[int, pydantic.Field(ge=0)]
+
+
+class _Settings(pydantic.BaseModel):
+    """Frozen settings that refuse unknown keys."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except pydantic.ValidationError as error:
+            raise PolicyError(_explain(type(self), error)) from None
+
+
+class Residual(_Settings):
+    """A range of blocks kept as a residual: `out - in` of the last full step is added to the new `in`.
+
+    For transformers, where replacing a block's output by an old one would discard the current latent. `first` and `last`
+    are module paths, both ends included.
+    """
+
+    first: str
+    last: str
+
+
+class Auto(_Settings):
+    """The cut with the fewest reuse FLOPs among those that keep at most `max_kept_bytes` (no limit when None)."""
+
+    max_kept_bytes: Bytes | None = None
+
+
+Cut = StepIndex | str | list[str] | Residual | Auto
+
+
+class Cache(_Settings):
+    """Which values are kept from step to step, and at which steps they are computed afresh.
+
+    Attributes:
+        cut: a depth on a U-Net's up path (DeepCache's branch id, Ma et al. 2023: 0 is the outermost skip connection), a
+            module path or several, a `Residual` range, `"auto"` or `Auto(...)`.
+        interval: every `interval`-th step is full, counted from the first; 1 makes every step full.
+        steps: the indices of the full steps, instead of an interval.
+        mask: one boolean a step, true for full, instead of an interval; its length must be the number of steps.
+        first: so many first steps are always full (at least one: there is nothing to reuse before it).
+        last: so many last steps are always full; needs the number of steps, from `num_steps` or from the pipeline.
+        num_steps: the number of denoiser evaluations of a run, where no pipeline tells it.
+    """
+
+    cut: Annotated[Cut, pydantic.Field(union_mode="left_to_right")]
+    interval: Annotated[int, pydantic.Field(ge=1)] | None = None
+    steps: list[StepIndex] | None = None
+    mask: list[bool] | None = None
+    first: Annotated[int, pydantic.Field(ge=1)] = 1
+    last: Annotated[int, pydantic.Field(ge=0)] = 0
+    num_steps: Annotated[int, pydantic.Field(ge=1)] | None = None
+
+    @pydantic.field_validator("cut", mode="before")
+    @classmethod
+    def _read_cut(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("expected a depth, module path(s), Residual or 'auto', got a bool")
+        if value == "auto":
+            return Auto()
+        if isinstance(value, str) and not value:
+            raise ValueError("an empty module path; to skip the whole model cut its last block instead")
+        if isinstance(value, tuple):
+            value = list(value)
+        if isinstance(value, list) and not value:
+            raise ValueError("an empty list of module paths; leave `cache` out for a lossless policy")
+        if isinstance(value, Mapping):
+            return _cut_of_mapping(value)
+        return value
+
+    @pydantic.field_validator("steps", "mask", mode="before")
+    @classmethod
+    def _read_sequence(cls, value: object) -> object:
+        return list(value) if isinstance(value, tuple | range) else value
+
+    @pydantic.model_validator(mode="after")
+    def _one_schedule(self) -> Self:
+        given = [name for name in ("interval", "steps", "mask") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of interval, steps, mask; got {' and '.join(given) or 'none'}")
+        if self.steps is not None and 0 not in self.steps:
+            raise ValueError(f"steps must begin with step 0, which has nothing to reuse; got {self.steps}")
+        if self.mask is not None and (not self.mask or not self.mask[0]):
+            raise ValueError("mask must begin with True: the first step has nothing to reuse")
+        if self.mask is not None and self.num_steps is not None and len(self.mask) != self.num_steps:
+            raise ValueError(f"mask has {len(self.mask)} entries for num_steps={self.num_steps}; give one entry a step")
+        if self.steps is not None and self.num_steps is not None and max(self.steps) >= self.num_steps:
+            raise ValueError(f"steps names step {max(self.steps)}, but num_steps={self.num_steps} (counted from 0)")
+        return self
+
+
+def _cut_of_mapping(value: Mapping[object, object]) -> object:
+    """The YAML spellings `{residual: {first, last}}` and `{auto: {max_kept_bytes}}`, beside the plain fields."""
+    if set(value) == {"residual"} and isinstance(inner := value["residual"], Mapping):
+        return Residual(**{str(key): item for key, item in inner.items()})
+    if set(value) == {"auto"} and isinstance(inner := value["auto"] or {}, Mapping):
+        return Auto(**{str(key): item for key, item in inner.items()})
+    raise ValueError(f"expected {{residual: {{first, last}}}} or {{auto: {{max_kept_bytes}}}}, got keys {list(value)}")
+
+
+class Policy(_Settings):
+    """Everything the user asks of `transform`. `Policy()` is lossless: bitwise equal to the eager model.
+
+    Attributes:
+        cache: what to keep between steps, or None for no caching.
+        hoist: run values that depend only on the prompt, image or size once a generation (lossless).
+        max_hoisted_bytes: how many bytes hoisted values may hold; None takes 2 % of the weights, at least 16 MiB.
+        rates: how often an input changes, by parameter name of the model's forward, where the default is wrong.
+        max_signatures: how many captures (sizes, guidance layouts, adapters) are held before the oldest is dropped.
+    """
+
+    cache: Cache | None = None
+    hoist: bool = True
+    max_hoisted_bytes: Bytes | None = None
+    rates: dict[str, Rate] = pydantic.Field(default_factory=dict)
+    max_signatures: Annotated[int, pydantic.Field(ge=1)] = 8
+
+    @pydantic.field_validator("cache", mode="before")
+    @classmethod
+    def _read_cache(cls, value: object) -> object:
+        return Cache(**{str(key): item for key, item in value.items()}) if isinstance(value, Mapping) else value
+
+    @classmethod
+    def deepcache(cls, interval: int = 3, branch: int = 0) -> Policy:
+        """DeepCache (Ma et al. 2023): every `interval`-th step is full, the others recompute up to skip `branch`."""
+        return cls(cache=Cache(cut=branch, interval=interval))
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Policy:
+        """Read a policy from a file (a `Path`, or a string that names an existing file) or from YAML text.
+
+        Raises:
+            PolicyError: not YAML, not a mapping, an unknown key, or an impossible value.
+        """
+        path = Path(source) if isinstance(source, Path) or "\n" not in source and ":" not in source else None
+        where = f" in {path.name}" if path is not None else ""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8") if path is not None else str(source))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise PolicyError(f"cannot read the policy{where}: {error}") from None
+        if data is None:
+            data = {}
+        if not isinstance(data, dict):
+            raise PolicyError(f"a policy{where} is a mapping such as 'cache: {{cut: 0, interval: 3}}', got {data!r}")
+        return cls(**{str(key): value for key, value in data.items()})
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The settings that differ from their defaults, as YAML text; also written to `path` when one is given."""
+        data = self.model_dump(exclude_defaults=True, mode="python")
+        if self.cache is not None:
+            data["cache"]["cut"] = _cut_to_plain(self.cache.cut)
+        text = yaml.safe_dump(data, sort_keys=False) if data else "{}\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def _cut_to_plain(cut: Cut) -> object:
+    match cut:
+        case Residual():
+            return {"residual": cut.model_dump()}
+        case Auto(max_kept_bytes=None):
+            return "auto"
+        case Auto():
+            return {"auto": cut.model_dump()}
+        case _:
+            return cut
+
+
+def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+    """One line a problem: the key, what was wrong, what came, and what is allowed."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"][:1]) or model.__name__
+        if problem["type"] == "extra_forbidden":
+            allowed = list(model.model_fields)
+            lines.append(f"unknown key {key!r}{nearest(key, allowed)} allowed keys: {', '.join(allowed)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            value = f", got {problem['input']!r}" if problem["loc"] and "got" not in message else ""
+            lines.append(f"{key}: {message}{value}")
+    return f"{model.__name__}: " + "; ".join(dict.fromkeys(lines))

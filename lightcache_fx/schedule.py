@@ -1,0 +1,86 @@
+"""Which steps are full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightcache_fx.errors import ScheduleError
+from lightcache_fx.policy import Cache
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Step index -> full or reuse. Step 0 is always full.
+
+    Attributes: as in `Cache`; without a cache every step is full.
+    """
+
+    interval: int | None = 1
+    steps: frozenset[int] | None = None
+    mask: tuple[bool, ...] | None = None
+    first: int = 1
+    last: int = 0
+    num_steps: int | None = None
+
+    @classmethod
+    def of(cls, cache: Cache | None) -> Schedule:
+        """The schedule that a policy asks for."""
+        if cache is None:
+            return cls()
+        return cls(
+            interval=cache.interval,
+            steps=frozenset(cache.steps) if cache.steps is not None else None,
+            mask=tuple(cache.mask) if cache.mask is not None else None,
+            first=cache.first,
+            last=cache.last,
+            num_steps=cache.num_steps,
+        )
+
+    def check(self, num_steps: int | None) -> None:
+        """Raise a `ScheduleError` where the schedule does not fit a run of `num_steps` steps (None: not known)."""
+        total = num_steps or self.num_steps
+        if self.last and total is None:
+            raise ScheduleError(
+                f"last={self.last}: the number of steps is not known here; use transform_pipeline, which tells it, or give"
+                f" Cache(num_steps=...)"
+            )
+        if self.num_steps is not None and num_steps is not None and self.num_steps != num_steps:
+            raise ScheduleError(f"num_steps={self.num_steps}, but the run has {num_steps} steps; leave it out or make them equal")
+        if total is None:
+            return
+        if self.mask is not None and len(self.mask) != total:
+            raise ScheduleError(f"mask has {len(self.mask)} entries, but the run has {total} steps; give one entry a step")
+        if self.steps is not None and max(self.steps) >= total:
+            raise ScheduleError(f"steps names step {max(self.steps)}, but the run has {total} steps (counted from 0)")
+
+    def is_full(self, step: int, num_steps: int | None = None) -> bool:
+        """Whether step `step` (from 0) computes everything.
+
+        Raises:
+            ScheduleError: the step is beyond the mask's end.
+        """
+        total = num_steps or self.num_steps
+        if self.mask is not None and step >= len(self.mask):
+            raise ScheduleError(
+                f"mask has {len(self.mask)} entries, but step {step} (counted from 0) was called; give one entry a step, second"
+                f" evaluations of second-order schedulers included"
+            )
+        if step < self.first or total is not None and step >= total - self.last:
+            return True
+        if self.mask is not None:
+            return self.mask[step]
+        if self.steps is not None:
+            return step in self.steps
+        return step % (self.interval or 1) == 0
+
+    def describe(self) -> str:
+        """`every 3rd step full`-like, for tables."""
+        if self.mask is not None:
+            text = f"full at {[i for i, full in enumerate(self.mask) if full]} of {len(self.mask)} steps"
+        elif self.steps is not None:
+            text = f"full at steps {sorted(self.steps)}"
+        else:
+            text = "every step full" if self.interval == 1 else f"one step in {self.interval} full"
+        edges = [f"first {self.first}"] if self.first > 1 else []
+        edges += [f"last {self.last}"] if self.last else []
+        return text + (f", and the {' and '.join(edges)}" if edges else "")

@@ -1,0 +1,91 @@
+"""The shape of a pass and the runner that holds passes to it.
+
+A pass is `verb_noun(graph, *, plan...) -> PassResult`: it rewrites the graph that it is given and says truthfully whether
+the printed text changed. The runner checks that, the graph's well-formedness and the input/output contract after every
+pass, and names the pass that broke one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from lightcache_fx.errors import PassError
+from lightcache_fx.graphs import is_impure, outputs, placeholders, tensors_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        graph: the graph that was given, rewritten in place.
+        modified: true exactly when its printed text changed.
+        counts: what was done how often, for the log and the plan.
+    """
+
+    graph: fx.Graph
+    modified: bool
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+Pass = Callable[[fx.Graph], PassResult]
+
+
+def run_passes(
+    graph: fx.Graph, passes: Sequence[tuple[str, Pass]], *, keeps_outputs: bool = True, check_modified: bool = False
+) -> dict[str, PassResult]:
+    """Run passes in order and verify after each.
+
+    Args:
+        graph: rewritten in place.
+        passes: `(name, pass)`; the name is the one in logs and messages.
+        keeps_outputs: whether number, shapes and dtypes of the outputs must stay.
+        check_modified: compare printed texts with `modified` (tests; costs a print a pass).
+
+    Raises:
+        PassError: a pass left an ill-formed graph, changed the outputs, or was untruthful about `modified`.
+    """
+    from lightcache_fx.printer import format_graph
+
+    results: dict[str, PassResult] = {}
+    contract = _contract(graph)
+    for name, apply in passes:
+        before = format_graph(graph) if check_modified else ""
+        result = apply(graph)
+        done = ", ".join(results) or "none"
+        try:
+            graph.lint()
+        except (RuntimeError, AssertionError) as error:
+            raise PassError(f"pass {name} left an ill-formed graph: {error} (passes before it: {done})") from error
+        untyped = next((n for n in graph.nodes if n.op == "call_function" and not is_impure(n) and "val" not in n.meta), None)
+        if untyped is not None:
+            raise PassError(f"pass {name} left %{untyped.name} without a type (passes before it: {done})")
+        if keeps_outputs and _contract(graph) != contract:
+            raise PassError(f"pass {name} changed the outputs: expected {contract}, got {_contract(graph)} (before it: {done})")
+        if check_modified and (format_graph(graph) != before) != result.modified:
+            raise PassError(f"pass {name} says modified={result.modified}, but the printed graph says otherwise")
+        log.debug("pass %s: modified=%s %s", name, result.modified, result.counts)
+        results[name] = result
+    return results
+
+
+def _contract(graph: fx.Graph) -> tuple[object, ...]:
+    """Shapes and dtypes of the outputs; inputs may only be dropped, which the placeholders themselves show."""
+    assert all("lightcache_input" in node.meta for node in placeholders(graph))
+    return tuple(
+        tuple((tuple(t.shape), t.dtype) for t in tensors_of(value)) if isinstance(value, fx.Node) else value for value in outputs(graph)
+    )
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype, device and the strides that matter."""
+    return (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout) and all(
+        x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1
+    )
