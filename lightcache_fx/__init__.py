@@ -1,0 +1,37 @@
+"""lightcache_fx compiles a diffusion model into a few static programs, one per kind of denoising step.
+
+model = lightcache_fx.transform(unet, Policy.deepcache(interval=3, branch=0))
+pipe = lightcache_fx.transform_pipeline(pipe, policy)
+"""
+
+from lightcache_fx import errors
+from lightcache_fx.module import Report, inspect, plan, reset, transform
+from lightcache_fx.pipeline import restore, transform_pipeline
+from lightcache_fx.plan import Plan
+from lightcache_fx.policy import Auto, Cache, Policy, Residual
+from lightcache_fx.printer import diff, format_graph, print_diff
+from lightcache_fx.runs import branch_name, marked_run, step_done
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Auto",
+    "Cache",
+    "Plan",
+    "Policy",
+    "Report",
+    "Residual",
+    "branch_name",
+    "diff",
+    "errors",
+    "format_graph",
+    "inspect",
+    "marked_run",
+    "plan",
+    "print_diff",
+    "reset",
+    "restore",
+    "step_done",
+    "transform",
+    "transform_pipeline",
+]

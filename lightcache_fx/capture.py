@@ -28,7 +28,7 @@ from lightcache_fx.calls import Call, CallLayout
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError
 from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders, schema_of
 from lightcache_fx.marks import Mark, marked_modules
-from lightcache_fx.module_state import ModuleState
+from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.opaque import bind_opaque_calls, opaque_submodules, suspect_path
 from lightcache_fx.verify import check_against_eager
 
@@ -120,9 +120,13 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
         CaptureMismatchError: it was traced, but computes something else than the eager model.
     """
     if module.training:
-        raise CaptureError(f"{type(module).__name__} is in training mode (dropout and batch statistics on); call .eval() first")
+        raise CaptureError(
+            f"{type(module).__name__} is in training mode (dropout and batch statistics on); call .eval() first"
+        )
     if torch.is_autocast_enabled(call.tensors[0].device.type if call.tensors else "cpu"):
-        raise CaptureError("torch.autocast is on; lightcache_fx captures one precision: load the model in it and leave autocast")
+        raise CaptureError(
+            "torch.autocast is on; lightcache_fx captures one precision: load the model in it and leave autocast"
+        )
     fake = detect_fake_mode((call.tensors, *module.parameters())) is not None or any(
         tensor.device.type == "meta" for tensor in (*call.tensors, *module.parameters())
     )
@@ -130,11 +134,17 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
     with torch.inference_mode(False), torch.no_grad():
         tensors = tuple(t.clone() if t.is_inference() else t for t in call.tensors)
         call = Call(call.layout, tensors)
-        if not fake:
-            _run_eager(module, call)
-        state = ModuleState.take(module)
-        attempt = _Attempt(module, call, tuple(mark), fake, state)
-        captured = attempt.by("export", _export) or attempt.by_opaque_submodules() or attempt.by("trace", _trace_real)
+        before = ModuleState.take(module)
+        weights = {name: table[key] for name, (table, key) in weight_slots(module).items()}
+        try:
+            if not fake:
+                _run_eager(module, call)
+            attempt = _Attempt(module, call, tuple(mark), fake, weights)
+            captured = (
+                attempt.by("export", _export) or attempt.by_opaque_submodules() or attempt.by("trace", _trace_real)
+            )
+        finally:
+            before.restore()
     if captured is not None:
         return captured
     if attempt.mismatch is not None:
@@ -151,8 +161,11 @@ _Trace = Callable[["_FlatCall", tuple[torch.Tensor, ...]], "_Traced"]
 class _Attempt:
     """The routes tried for one capture, and why each failed."""
 
-    def __init__(self, module: nn.Module, call: Call, mark: tuple[str, ...], fake: bool, state: ModuleState) -> None:
-        self.module, self.call, self.mark, self.fake, self.state = module, call, mark, fake, state
+    def __init__(
+        self, module: nn.Module, call: Call, mark: tuple[str, ...], fake: bool, weights: dict[str, torch.Tensor | None]
+    ) -> None:
+        self.module, self.call, self.mark, self.fake, self.weights = module, call, mark, fake, weights
+        self.state = ModuleState.take(module)
         self.failures: list[str] = []
         self.mismatch: CaptureMismatchError | None = None
         self.last_error: BaseException | None = None
@@ -164,7 +177,8 @@ class _Attempt:
         flat = _FlatCall(self.module, self.call.layout, self.mark)
         try:
             with around or nullcontext():
-                captured = _finish(flat, trace(flat, self.call.tensors), route=route, verified=not self.fake)
+                traced = _own_lazy_weights(trace(flat, self.call.tensors), self.module, self.weights)
+                captured = _finish(flat, traced, route=route, verified=not self.fake)
             if not self.fake:
                 check_against_eager(captured, self.module, self.call)
             return captured
@@ -221,7 +235,9 @@ def _export(flat: _FlatCall, tensors: tuple[torch.Tensor, ...]) -> _Traced:
     signature = program.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(f"forward writes to {spec.target or spec.arg.name} ({spec.kind.name.lower()}); a step must be pure")
+            raise CaptureError(
+                f"forward writes to {spec.target or spec.arg.name} ({spec.kind.name.lower()}); a step must be pure"
+            )
     inputs, constants = [], {}
     leaves = iter(flat.layout.leaves)
     for spec in signature.input_specs:
@@ -231,7 +247,9 @@ def _export(flat: _FlatCall, tensors: tuple[torch.Tensor, ...]) -> _Traced:
             name = str(spec.target).removeprefix(f"{_WRAPPER}.")
             value = program.constants[str(spec.target)]
             if isinstance(value, FakeTensor) and not isinstance(tensors[0], FakeTensor):
-                raise CaptureError(f"tensor constant {name} was made inside forward from Python data and has no value in the trace")
+                raise CaptureError(
+                    f"tensor constant {name} was made inside forward from Python data and has no value in the trace"
+                )
             constants[name] = value
             inputs.append(GraphInput("constant", name, "const"))
         elif spec.kind is ExportInput.USER_INPUT:
@@ -288,7 +306,10 @@ def _module_stacks(flat: nn.Module) -> Iterator[None]:
     handles: list[Any] = []
     try:
         for path, module in flat.named_modules():
-            handles += [module.register_forward_pre_hook(enter(path)), module.register_forward_hook(leave, prepend=False)]
+            handles += [
+                module.register_forward_pre_hook(enter(path)),
+                module.register_forward_hook(leave, prepend=False),
+            ]
         yield
     finally:
         for handle in handles:
@@ -316,6 +337,16 @@ def _lift_constants(graph_module: fx.GraphModule, inputs: list[GraphInput]) -> d
         node.replace_all_uses_with(next(p for p in last if p.target == f"constant_{name}"))
         graph.erase_node(node)
     return constants
+
+
+def _own_lazy_weights(traced: _Traced, module: nn.Module, weights: dict[str, torch.Tensor | None]) -> _Traced:
+    """Buffers that only the warm-up call made, and that go when the module is put back, become constants of the capture."""
+    now = {name: table[key] for name, (table, key) in weight_slots(module).items()}
+    for index, binding in enumerate(traced.inputs):
+        if binding.kind == "weight" and weights.get(binding.name) is not now[binding.name]:
+            traced.inputs[index] = GraphInput("constant", binding.name, "const")
+            traced.constants[binding.name] = now[binding.name]
+    return traced
 
 
 def _finish(flat: _FlatCall, traced: _Traced, *, route: str, verified: bool) -> Capture:

@@ -33,14 +33,18 @@ def search_cuts(facts: GraphFacts, module: nn.Module, max_kept_bytes: int | None
     """
     candidates = [*_single_values(facts), *_depths(facts), *_blocks(facts, module), *_residuals(facts, module)]
     total = facts.total_flops()
-    useful = {choice.slots: choice for choice in reversed(candidates) if choice.reads_latent and choice.reuse_flops < total}
+    useful = {
+        choice.slots: choice for choice in reversed(candidates) if choice.reads_latent and choice.reuse_flops < total
+    }
     ranked = sorted(useful.values(), key=lambda c: (c.reuse_flops, c.kept_bytes, c.label))
     if not ranked:
         raise CutError("cut='auto': no value can be kept that saves FLOPs and leaves the step depending on the latent")
     fitting = [c for c in ranked if max_kept_bytes is None or c.kept_bytes <= max_kept_bytes]
     if not fitting:
         least = min(ranked, key=lambda c: c.kept_bytes)
-        raise CutError(f"cut='auto': max_kept_bytes={max_kept_bytes} is below the smallest cut, {least.kept_bytes} bytes ({least.label})")
+        raise CutError(
+            f"cut='auto': max_kept_bytes={max_kept_bytes} is below the smallest cut, {least.kept_bytes} bytes ({least.label})"
+        )
     return fitting[0], ranked
 
 
@@ -54,7 +58,7 @@ def _single_values(facts: GraphFacts) -> list[CutChoice]:
     for node in facts.graph.nodes:
         flow.add_edges_from((node, source) for source in node.all_input_nodes)
     end = next(node for node in facts.graph.nodes if node.op == "output")
-    parents = nx.immediate_dominators(flow, end)
+    parents = {**nx.immediate_dominators(flow, end), end: end}
     saved = {node: facts.flops.get(node, 0) for node in parents}
     holds_latent = {node: node.op == "placeholder" and input_of(node).rate == "latent" for node in parents}
     for node in facts.graph.nodes:  # inputs come first, so a subtree is complete before its root is added to its parent
@@ -81,7 +85,9 @@ def _blocks(facts: GraphFacts, module: nn.Module) -> list[CutChoice]:
     found = marked_nodes(facts.graph, facts.marks)
     choices = []
     for path in itertools.chain.from_iterable(block_lists(module)):
-        nodes = [n for m, n in found.items() if m.path == path and m.side == "out" and changes_within_run(facts.rates[n])]
+        nodes = [
+            n for m, n in found.items() if m.path == path and m.side == "out" and changes_within_run(facts.rates[n])
+        ]
         if nodes:
             choices.append(_measured(facts, path, [(node, None) for node in nodes]))
     return [choice for choice in choices if choice is not None]
@@ -96,7 +102,7 @@ def _residuals(facts: GraphFacts, module: nn.Module) -> list[CutChoice]:
                 continue
             first, last = first_stack[skip_first], last_stack[len(last_stack) - 1 - skip_last]
             try:
-                streams = residual_streams(facts, first, last)
+                streams = residual_streams(facts, first, last, proven=True)
             except CutError as reason:
                 log.debug("no candidate: %s", reason)
                 continue

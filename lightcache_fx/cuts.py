@@ -118,7 +118,9 @@ def depth_cut(facts: GraphFacts, depth: int) -> CutChoice:
             f" module path, at Residual(first=..., last=...) or with 'auto'"
         )
     if depth >= len(joins):
-        raise CutError(f"cut={depth}: the model has {len(joins)} skip connections, so branch 0 to {len(joins) - 1} exist")
+        raise CutError(
+            f"cut={depth}: the model has {len(joins)} skip connections, so branch 0 to {len(joins) - 1} exist"
+        )
     return measure_cut(facts, f"branch {depth}", [(joins[depth], None)])
 
 
@@ -130,13 +132,19 @@ def module_cut(facts: GraphFacts, paths: Sequence[str], module: nn.Module) -> Cu
         check_path(module, path)
         marked = [mark for mark in facts.marks if mark.path == path and mark.side == "out"]
         if not marked:
-            raise CutError(f"cut={path!r}: the module is never called in this forward, or returns no tensor; cut at its caller")
+            raise CutError(
+                f"cut={path!r}: the module is never called in this forward, or returns no tensor; cut at its caller"
+            )
         alive = [found[mark] for mark in marked if mark in found]
         if not alive:
-            raise CutError(f"cut={path!r}: nothing that the module returns reaches the output; cut at a module that does")
+            raise CutError(
+                f"cut={path!r}: nothing that the module returns reaches the output; cut at a module that does"
+            )
         moving = [node for node in alive if changes_within_run(facts.rates[node])]
         if not moving:
-            raise CutError(f"cut={path!r}: what the module returns does not change within a run, so keeping it saves nothing")
+            raise CutError(
+                f"cut={path!r}: what the module returns does not change within a run, so keeping it saves nothing"
+            )
         kept += [(node, None) for node in moving]
     return measure_cut(facts, ", ".join(paths), kept)
 
@@ -148,11 +156,13 @@ def residual_cut(facts: GraphFacts, first: str, last: str, module: nn.Module) ->
     return measure_cut(facts, f"residual {first} .. {last}", residual_streams(facts, first, last))
 
 
-def residual_streams(facts: GraphFacts, first: str, last: str) -> list[tuple[fx.Node, fx.Node | None]]:
+def residual_streams(
+    facts: GraphFacts, first: str, last: str, *, proven: bool = False
+) -> list[tuple[fx.Node, fx.Node | None]]:
     """Pairs of a stream's value after `last` and before `first`.
 
     A stream's input is the argument of `first` that the result is reached from by additions alone; where no chain of
-    additions shows it, the one argument of the same type that the result depends on.
+    additions shows it, and `proven` is false, the one argument of the same type that the result depends on.
     """
     found = marked_nodes(facts.graph, facts.marks)
     label = f"Residual(first={first!r}, last={last!r})"
@@ -165,20 +175,23 @@ def residual_streams(facts: GraphFacts, first: str, last: str) -> list[tuple[fx.
         before = ancestors([node])
         alike = [e for e in entries if e in before and _type_of(e) == _type_of(node)]
         summed = [e for e in alike if e in _addends(node)]
-        if len(summed or alike) != 1:
-            names = ", ".join(describe(e) for e in summed or alike) or "none"
+        fitting = summed if proven else summed or alike
+        if len(fitting) != 1:
+            names = ", ".join(map(describe, fitting)) or "none"
             raise CutError(
                 f"{label}: cannot tell which input of {first!r} is the stream of {describe(node)}; expected one of its type,"
                 f" found {names}; name the first and last block of one stack, first before last"
             )
-        streams.append((node, (summed or alike)[0]))
+        streams.append((node, fitting[0]))
     return streams
 
 
 def _addends(node: fx.Node) -> set[fx.Node]:
-    """What a value is a sum of: additions, marks and views are walked through."""
+    """What a value is a sum of: additions, marks, views and concatenations of streams are walked through."""
+    linear = (MARK, torch.ops.aten.add.Tensor, torch.ops.aten.cat.default)
+
     def leaf(n: fx.Node) -> bool:
-        return n.op != "call_function" or not (n.target in (MARK, torch.ops.aten.add.Tensor) or is_view(n))
+        return n.op != "call_function" or not (n.target in linear or is_view(n))
 
     found: set[fx.Node] = set()
     stack = [node]
@@ -210,7 +223,8 @@ def measure_cut(facts: GraphFacts, label: str, kept: Sequence[tuple[fx.Node, fx.
     remaining = reuse_nodes(facts.graph, kept)
     weights = [n for n in remaining if n.op == "placeholder" and input_of(n).kind == "weight"]
     slots = tuple(
-        Slot(f"slot_{i}", node.name, base.name if base is not None else None, num_bytes(node)) for i, (node, base) in enumerate(kept)
+        Slot(f"slot_{i}", node.name, base.name if base is not None else None, num_bytes(node))
+        for i, (node, base) in enumerate(kept)
     )
     return CutChoice(
         label=label,

@@ -99,7 +99,11 @@ def _work(node: fx.Node, facts: GraphFacts) -> int:
 def _smallest_form(node: fx.Node) -> fx.Node:
     """The value before views and repetitions of it: holding less, and they cost next to nothing to redo."""
     while node.op == "call_function" and isinstance(source := node.args[0] if node.args else None, fx.Node):
-        if not (is_view(node) or node.target in _REPETITIONS) or source.op == "placeholder" or len(node.all_input_nodes) > 1:
+        if (
+            not (is_view(node) or node.target in _REPETITIONS)
+            or source.op == "placeholder"
+            or len(node.all_input_nodes) > 1
+        ):
             break
         node = source
     return node

@@ -27,7 +27,11 @@ def find_joins(graph: fx.Graph, flops: Mapping[fx.Node, int], rates: Mapping[fx.
         if not isinstance(operands, list | tuple) or len(operands) != 2:
             continue
         first, second = operands
-        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or {rates[first], rates[second]} != {"latent"}:
+        if (
+            not isinstance(first, fx.Node)
+            or not isinstance(second, fx.Node)
+            or {rates[first], rates[second]} != {"latent"}
+        ):
             continue
         before = {operand: ancestors([operand]) for operand in (first, second)}
         own_first = sum(flops.get(n, 0) for n in before[first] - before[second])

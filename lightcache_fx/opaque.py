@@ -107,7 +107,9 @@ def _note(region: _Region) -> Any:
         region.input_constants = tuple((i, x) for i, x in enumerate(flat) if not isinstance(x, torch.Tensor))
         leaves, region.output_spec = pytree.tree_flatten(output)
         if any(not isinstance(leaf, torch.Tensor) for leaf in leaves):
-            raise CaptureError(f"{type(region.module).__name__} returns more than tensors, so it cannot stay one opaque operation")
+            raise CaptureError(
+                f"{type(region.module).__name__} returns more than tensors, so it cannot stay one opaque operation"
+            )
         region.outputs = tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
 
     return hook
@@ -118,7 +120,9 @@ def _traced_forward(region: _Region, key: int) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
         constants = tuple((i, x) for i, x in enumerate(flat) if not isinstance(x, torch.Tensor))
         if spec != region.input_spec or constants != region.input_constants:
-            raise CaptureError(f"{type(region.module).__name__} is called in two different ways, so it cannot stay opaque")
+            raise CaptureError(
+                f"{type(region.module).__name__} is called in two different ways, so it cannot stay opaque"
+            )
         results = opaque([x for x in flat if isinstance(x, torch.Tensor)], key)
         assert region.output_spec is not None
         return pytree.tree_unflatten(results, region.output_spec)

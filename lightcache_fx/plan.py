@@ -85,7 +85,10 @@ class Plan:
         programs.add_row("full", *_work(self.full_flops, self.full_flops), format_bytes(self.weight_bytes), kept)
         if self.cut is not None:
             programs.add_row(
-                f"reuse: {self.cut.label}", *_work(self.cut.reuse_flops, self.full_flops), format_bytes(self.cut.reuse_weight_bytes), ""
+                f"reuse: {self.cut.label}",
+                *_work(self.cut.reuse_flops, self.full_flops),
+                format_bytes(self.cut.reuse_weight_bytes),
+                "",
             )
         return [programs, _candidate_table(self.candidates, self.full_flops)] if self.candidates else [programs]
 
@@ -105,7 +108,10 @@ def _candidate_table(candidates: tuple[CutChoice, ...], full_flops: int) -> Tabl
         table.add_column(column, justify="left" if column == "cut" else "right")
     for cut in candidates:
         table.add_row(
-            cut.label, format_bytes(cut.kept_bytes), *_work(cut.reuse_flops, full_flops), format_bytes(cut.reuse_weight_bytes)
+            cut.label,
+            format_bytes(cut.kept_bytes),
+            *_work(cut.reuse_flops, full_flops),
+            format_bytes(cut.reuse_weight_bytes),
         )
     return table
 

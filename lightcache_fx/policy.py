@@ -1,10 +1,10 @@
 """What the user wants: typed, validated settings with a YAML round trip.
 
-    Policy()                                             # lossless: nothing is approximated
-    Policy.deepcache(interval=3, branch=0)               # the published baseline
-    Policy(cache=Cache(cut="transformer_blocks.7", interval=2))
-    Policy(cache=Cache(cut=Residual(first="blocks.1", last="blocks.26"), steps=[0, 1, 5, 10]))
-    Policy(cache=Cache(cut="auto", interval=4))
+Policy()                                             # lossless: nothing is approximated
+Policy.deepcache(interval=3, branch=0)               # the published baseline
+Policy(cache=Cache(cut="transformer_blocks.7", interval=2))
+Policy(cache=Cache(cut=Residual(first="blocks.1", last="blocks.26"), steps=[0, 1, 5, 10]))
+Policy(cache=Cache(cut="auto", interval=4))
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Policy(_Settings):
         Raises:
             PolicyError: not YAML, not a mapping, an unknown key, or an impossible value.
         """
-        path = Path(source) if isinstance(source, Path) or "\n" not in source and ":" not in source else None
+        path = Path(source) if isinstance(source, Path) or ("\n" not in source and ":" not in source) else None
         where = f" in {path.name}" if path is not None else ""
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8") if path is not None else str(source))

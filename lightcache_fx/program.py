@@ -79,7 +79,9 @@ def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, P
         ("remove_marks", remove_marks),  # last: slots are named after marked places
         ("remove_dead_code", remove_dead_code),
     ]
-    pipelines: dict[str, list[tuple[str, Pass]]] = {"full": [split, ("write_cache", partial(write_cache, slots=slots)), *clean]}
+    pipelines: dict[str, list[tuple[str, Pass]]] = {
+        "full": [split, ("write_cache", partial(write_cache, slots=slots)), *clean]
+    }
     if slots:
         pipelines["reuse"] = [split, ("read_cache", partial(read_cache, slots=slots)), *clean]
     return pipelines
@@ -96,13 +98,16 @@ class BoundProgram:
     Weights are looked up in the module's own tables at every call: `.to()`, fused adapters and in-place edits are seen.
     """
 
-    def __init__(self, program: Program, module: nn.Module, constants: Mapping[str, torch.Tensor], user_names: Sequence[str]) -> None:
+    def __init__(
+        self, program: Program, module: nn.Module, constants: Mapping[str, torch.Tensor], user_names: Sequence[str]
+    ) -> None:
         self.program = program
         tables = weight_slots(module)
         index = {name: i for i, name in enumerate(user_names)}
         self._weights = [tables[i.name] for i in program.inputs if i.kind == "weight"]
-        found: dict[str, Any] = {**constants, **index}
-        self._sources = [(i.kind, found[i.name] if i.kind in ("constant", "user") else i.name) for i in program.inputs]
+        keys: dict[str, Mapping[str, Any]] = {"constant": constants, "user": index}
+        self._sources = [(i.kind, keys[i.kind][i.name] if i.kind in keys else i.name) for i in program.inputs]
+        self.user_inputs = [index[i.name] for i in program.inputs if i.kind == "user"]
         self._run = program.graph_module.forward
 
     def weights(self) -> list[torch.Tensor]:

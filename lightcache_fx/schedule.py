@@ -45,11 +45,15 @@ class Schedule:
                 f" Cache(num_steps=...)"
             )
         if self.num_steps is not None and num_steps is not None and self.num_steps != num_steps:
-            raise ScheduleError(f"num_steps={self.num_steps}, but the run has {num_steps} steps; leave it out or make them equal")
+            raise ScheduleError(
+                f"num_steps={self.num_steps}, but the run has {num_steps} steps; leave it out or make them equal"
+            )
         if total is None:
             return
         if self.mask is not None and len(self.mask) != total:
-            raise ScheduleError(f"mask has {len(self.mask)} entries, but the run has {total} steps; give one entry a step")
+            raise ScheduleError(
+                f"mask has {len(self.mask)} entries, but the run has {total} steps; give one entry a step"
+            )
         if self.steps is not None and max(self.steps) >= total:
             raise ScheduleError(f"steps names step {max(self.steps)}, but the run has {total} steps (counted from 0)")
 
@@ -65,7 +69,7 @@ class Schedule:
                 f"mask has {len(self.mask)} entries, but step {step} (counted from 0) was called; give one entry a step, second"
                 f" evaluations of second-order schedulers included"
             )
-        if step < self.first or total is not None and step >= total - self.last:
+        if step < self.first or (total is not None and step >= total - self.last):
             return True
         if self.mask is not None:
             return self.mask[step]

@@ -90,7 +90,7 @@ def _vary(tensor: torch.Tensor, leaf: InputLeaf, generator: torch.Generator) -> 
     source = tensor.detach().cpu()
     if source.numel() == 0:
         return tensor
-    if source.dtype is torch.bool or source.dim() > 1 and bool(((source == 0) | (source == 1)).all()):
+    if source.dtype is torch.bool or (source.dim() > 1 and bool(((source == 0) | (source == 1)).all())):
         varied = _vary_mask(source, generator)
     elif leaf.rate == "step":
         factor = 0.25 + 0.5 * torch.rand((), generator=generator)
@@ -102,7 +102,11 @@ def _vary(tensor: torch.Tensor, leaf: InputLeaf, generator: torch.Generator) -> 
     else:
         low, high = int(source.min()), int(source.max())
         varied = torch.randint(low, high + 1, source.shape, generator=generator).to(source.dtype)
-    result = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device) if _dense(tensor) else None
+    result = (
+        torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        if _dense(tensor)
+        else None
+    )
     varied = varied.to(tensor.device)
     return result.copy_(varied) if result is not None else varied
 
@@ -122,7 +126,9 @@ def _dense(tensor: torch.Tensor) -> bool:
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a, b) or torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan())
+    return (
+        torch.equal(a, b) or (torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan()))
+    )
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

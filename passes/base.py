@@ -64,11 +64,15 @@ def run_passes(
             graph.lint()
         except (RuntimeError, AssertionError) as error:
             raise PassError(f"pass {name} left an ill-formed graph: {error} (passes before it: {done})") from error
-        untyped = next((n for n in graph.nodes if n.op == "call_function" and not is_impure(n) and "val" not in n.meta), None)
+        untyped = next(
+            (n for n in graph.nodes if n.op == "call_function" and not is_impure(n) and "val" not in n.meta), None
+        )
         if untyped is not None:
             raise PassError(f"pass {name} left %{untyped.name} without a type (passes before it: {done})")
         if keeps_outputs and _contract(graph) != contract:
-            raise PassError(f"pass {name} changed the outputs: expected {contract}, got {_contract(graph)} (before it: {done})")
+            raise PassError(
+                f"pass {name} changed the outputs: expected {contract}, got {_contract(graph)} (before it: {done})"
+            )
         if check_modified and (format_graph(graph) != before) != result.modified:
             raise PassError(f"pass {name} says modified={result.modified}, but the printed graph says otherwise")
         log.debug("pass %s: modified=%s %s", name, result.modified, result.counts)
@@ -80,7 +84,8 @@ def _contract(graph: fx.Graph) -> tuple[object, ...]:
     """Shapes and dtypes of the outputs; inputs may only be dropped, which the placeholders themselves show."""
     assert all("lightcache_input" in node.meta for node in placeholders(graph))
     return tuple(
-        tuple((tuple(t.shape), t.dtype) for t in tensors_of(value)) if isinstance(value, fx.Node) else value for value in outputs(graph)
+        tuple((tuple(t.shape), t.dtype) for t in tensors_of(value)) if isinstance(value, fx.Node) else value
+        for value in outputs(graph)
     )
 
 

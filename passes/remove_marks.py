@@ -12,7 +12,7 @@ from lightcache_fx.passes.base import PassResult
 def remove_marks(graph: fx.Graph) -> PassResult:
     """Replace marks by what they mark. Bitwise.
 
-        %m : f32[2,4] = lightcache.mark.default(%x, 7)              ->   uses of %m read %x
+    %m : f32[2,4] = lightcache.mark.default(%x, 7)              ->   uses of %m read %x
     """
     found = [node for node in calls(graph) if node.target is MARK]
     for node in found:

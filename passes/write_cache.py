@@ -36,7 +36,11 @@ def write_cache(graph: fx.Graph, *, slots: Sequence[Slot]) -> PassResult:
         with graph.inserting_after(node):
             if slot.base is not None:
                 node = _call(graph, aten.sub.Tensor, (node, by_name[slot.base]), like=node)
-            elif (root := storage_root(node)) in returned or root.op == "placeholder" or num_bytes(root) != num_bytes(node):
+            elif (
+                (root := storage_root(node)) in returned
+                or root.op == "placeholder"
+                or num_bytes(root) != num_bytes(node)
+            ):
                 node = _call(graph, aten.clone.default, (node,), like=node)
                 copies += 1
         returned.add(storage_root(node))

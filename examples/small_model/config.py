@@ -1,6 +1,6 @@
 """Component configurations of the small Stable-Video-Diffusion-shaped pipeline.
 
-64 x 64 pixels become 8 x 8 latents of 8 channels; 8 frames. The U-Net has the block types of the real one, attention at
+32 x 32 pixels become 8 x 8 latents of 4 channels; 8 frames. The U-Net has the block types of the real one, attention at
 its first level and three levels, so that every DeepCache branch id of the real one's first two levels exists.
 """
 
@@ -23,12 +23,12 @@ CLIP_IMAGE_SIZE = 224
 class ModelConfig:
     """Widths of the components; the defaults are the shipped model, tests use narrower ones."""
 
-    latent_channels: int = 8
-    vae_channels: tuple[int, ...] = (32, 32, 64, 64)
+    latent_channels: int = 4
+    vae_channels: tuple[int, ...] = (64, 64, 64)
     unet_channels: tuple[int, ...] = (64, 64, 64)
     unet_heads: int = 2
     embedding_dim: int = 64
-    clip_layers: int = 2
+    clip_layers: int = 1
     clip_patch: int = 16
 
 

@@ -8,6 +8,7 @@ v = (noise - sigma * latents) / sqrt(sigma^2 + 1).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +35,22 @@ class Noise:
     dropped: torch.Tensor
 
 
+def log_sigma_at(quantiles: torch.Tensor) -> torch.Tensor:
+    """Return log(sigma) at `quantiles` (0..1) of the log-normal training distribution."""
+    return LOG_SIGMA_MEAN + LOG_SIGMA_STD * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
+
+
 def draw_noise(shape: torch.Size, generator: torch.Generator) -> Noise:
-    """Draw noise levels (log-normal), noise and dropped conditions for latents of `shape` (BFCHW)."""
+    """Draw noise levels, one from each equal share of their distribution, noise and dropped conditions.
+
+    `shape` is that of the latents: (batch, frames, channels, height, width).
+    """
+    batch = shape[0]
+    quantiles = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     return Noise(
-        log_sigma=torch.randn(shape[0], generator=generator) * LOG_SIGMA_STD + LOG_SIGMA_MEAN,
+        log_sigma=log_sigma_at(quantiles.clamp(1e-4, 1 - 1e-4)),
         values=torch.randn(shape, generator=generator),
-        dropped=torch.rand(shape[0], generator=generator) < CONDITION_DROPOUT,
+        dropped=torch.rand(batch, generator=generator) < CONDITION_DROPOUT,
     )
 
 

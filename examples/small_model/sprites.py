@@ -20,12 +20,12 @@ Colour = tuple[int, int, int]
 Distance = Callable[[FloatArray, FloatArray], FloatArray]
 """(x, y) in sprite units, nose at +1 on x, y pointing down -> signed distance, negative inside."""
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 32
 NUM_FRAMES = 8
 FPS = 7
-PIXELS_PER_FRAME_AT_127 = 2.5
-MOTION_BUCKETS = (32, 224)
-MIN_RADIUS, MAX_RADIUS = 11.5, 14.5
+PIXELS_PER_FRAME_AT_127 = 1.25
+MOTION_BUCKETS = (48, 224)
+MIN_RADIUS, MAX_RADIUS = 6.0, 7.5
 """Half a sprite's length in pixels."""
 
 COLOURS: dict[str, Colour] = {
@@ -187,14 +187,14 @@ def sample_clip(seed: int, index: int) -> ClipSpec:
     """Draw clip `index` of the data set `seed`: one or two sprites, apart at frame 0, most heading inwards."""
     rng = np.random.default_rng([seed, index])
     sprites: list[SpriteSpec] = []
-    num_sprites = int(rng.integers(1, 3))
+    num_sprites = 1 + int(rng.random() < 0.3)
     while len(sprites) < num_sprites:
         sprite = _sample_sprite(rng)
         if all(np.hypot(*np.subtract(sprite.start, other.start)) > 0.8 * 2 * MAX_RADIUS for other in sprites):
             sprites.append(sprite)
     return ClipSpec(
         backdrop=str(rng.choice(list(BACKDROPS))),
-        horizon=float(rng.uniform(40, 58)),
+        horizon=float(rng.uniform(0.6, 0.9) * IMAGE_SIZE),
         sprites=tuple(sprites),
         motion_bucket_id=int(rng.integers(MOTION_BUCKETS[0], MOTION_BUCKETS[1] + 1)),
     )

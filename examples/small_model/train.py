@@ -6,7 +6,6 @@ Stages, each resumed from its checkpoint when run again: `vae`, `unet` (needs th
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from examples.small_model.fit import FitOptions, Run, fit
 
 NUM_TRAINING_CLIPS = 6144
 NUM_HELDOUT_CLIPS = 64
-BATCH_CLIPS = 8
+BATCH_CLIPS = 4
 VAE_CLIPS, VAE_FRAMES = 2, 4
 """Clips a step and consecutive frames a clip while the autoencoder trains."""
 
@@ -71,12 +70,12 @@ def unet_loss(denoiser: config.Denoiser, generator: torch.Generator, *, pool: da
 def evaluate_unet(denoiser: config.Denoiser, *, pool: data.LatentPool) -> dict[str, float]:
     """Return the held-out loss over fixed noise, its noise levels at even quantiles of the training distribution."""
     quantiles = (torch.arange(len(pool)) + 0.5) / len(pool)
-    log_sigma = losses.LOG_SIGMA_MEAN + losses.LOG_SIGMA_STD * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
-    noise = torch.randn(pool.latents.shape, generator=torch.Generator().manual_seed(0))
+    log_sigma = losses.log_sigma_at(quantiles)
+    values = torch.randn(pool.latents.shape, generator=torch.Generator().manual_seed(0))
     parts = []
     for clips in torch.arange(len(pool)).split(BATCH_CLIPS):
         kept = torch.zeros(len(clips), dtype=torch.bool)
-        noise = losses.Noise(log_sigma[clips], noise[clips], kept)
+        noise = losses.Noise(log_sigma[clips], values[clips], kept)
         parts.append(losses.denoising_losses(denoiser, pool, clips, noise))
     return {"heldout_loss": float(torch.cat(parts).mean())}
 
@@ -99,10 +98,10 @@ def train_vae(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 2,
-    steps: int = 1000,
-    decay_steps: int = 400,
+    steps: int = 900,
+    decay_steps: int = 300,
     minutes: Minutes = None,
-    learning_rate: float = 1.5e-3,
+    learning_rate: float = 1e-3,
 ) -> None:
     """Train the autoencoder on short clips."""
     torch.set_num_threads(threads)

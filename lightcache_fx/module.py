@@ -1,0 +1,195 @@
+"""`transform`: the drop-in module that a pipeline takes in place of its denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lightcache_fx.calls import CallReader
+from lightcache_fx.capture import capture
+from lightcache_fx.cuts import paths_to_mark
+from lightcache_fx.errors import ArgumentError, TransformError
+from lightcache_fx.plan import Plan, make_plan
+from lightcache_fx.policy import Policy
+from lightcache_fx.program import Program
+from lightcache_fx.runs import branch_name
+from lightcache_fx.runtime import Runtime
+from lightcache_fx.views import second_view
+
+M = TypeVar("M", bound=nn.Module)
+_UNTRANSFORMED = Policy()
+
+
+@dataclass(frozen=True)
+class _Added:
+    """What a transformed module has beside its original's attributes."""
+
+    original: nn.Module
+    runtime: Runtime
+
+
+class TransformedModule:
+    """Mixin of every transformed module; its other base is the class of the original.
+
+    Parameters, buffers, submodules, `config`, hooks and attributes are the original's own, so `state_dict`, `to`,
+    `save_pretrained` and adapters work on both alike. Only `forward` differs: it runs programs.
+    """
+
+    __slots__ = ()
+    _lightcache: _Added
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward, by program; inference only, gradients do not flow."""
+        return self._lightcache.runtime(args, kwargs)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Name the guidance branch of the calls made inside, as diffusers' pipelines do around each pass."""
+        with branch_name(name):
+            yield
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        import copy
+
+        return transform(copy.deepcopy(self._lightcache.original, memo), self._lightcache.runtime.policy)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TransformError(
+            "a transformed module cannot be pickled; pickle lightcache_fx.restore(module), or its state_dict"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a transformed module is made of and has done, for the signature used last.
+
+    Attributes:
+        plan: the decisions.
+        programs: by name: `full`, and `reuse` and `prologue` where there are such.
+        counts: how often each program has run, over all signatures.
+        kept_bytes: bytes of the slots held now by this thread's run.
+        hoisted_bytes: bytes of the hoisted values held now by this thread's run.
+        route: how the model was captured.
+    """
+
+    plan: Plan
+    programs: Mapping[str, Program]
+    counts: Mapping[str, int]
+    kept_bytes: int
+    hoisted_bytes: int
+    route: str
+
+
+def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
+    """A drop-in for `module` that runs static programs instead of its forward.
+
+    Nothing is captured before the first call with a new signature (tree, shapes, dtypes, devices, other arguments, module
+    structure). The original is untouched and shares all its weights with the drop-in.
+
+    Args:
+        module: a denoiser, or any module, in evaluation mode when called; called with a latent and a timestep.
+        policy: what to do; `Policy()` changes nothing in the results, bitwise.
+
+    Returns:
+        an instance of a subclass of the module's class.
+
+    Raises:
+        ArgumentError: `module` is no `nn.Module`, `policy` is no `Policy`, or its rates name no parameter of forward.
+        TransformError: it is transformed already, or something has replaced its forward on the instance.
+        CutError: the policy cuts at a module path that does not exist.
+    """
+    _check_module("transform", module)
+    if not isinstance(policy, Policy):
+        raise ArgumentError(
+            f"transform: policy must be a lightcache_fx.Policy, got {type(policy).__name__}; read files with Policy.from_yaml"
+        )
+    if isinstance(module, TransformedModule):
+        raise TransformError(
+            f"transform: this {type(module).__name__} is transformed already; call lightcache_fx.restore(module) first, or pass the original"
+        )
+    if "forward" in vars(module):
+        raise TransformError(
+            f"transform: forward of this {type(module).__name__} has been replaced on the instance (offload hooks and some cache"
+            f" helpers do that); remove these hooks first, and enable them on the transformed module"
+        )
+    runtime = Runtime(module, policy)
+    return second_view(module, TransformedModule, _Added(module, runtime))
+
+
+def restore_module(module: M) -> M:
+    """The very module that was given to `transform`."""
+    if not isinstance(module, TransformedModule):
+        raise TransformError(f"restore: this {type(module).__name__} is not transformed")
+    if "forward" in vars(module):
+        raise TransformError(
+            f"restore: hooks that replace forward were put on this {type(module).__name__} after transform; remove them first"
+            f" (pipe.remove_all_hooks(), or accelerate.hooks.remove_hook_from_module)"
+        )
+    return module._lightcache.original  # type: ignore[return-value]
+
+
+def runtime_of(module: nn.Module) -> Runtime:
+    """The runtime of a transformed module."""
+    _check_module("inspect", module)
+    if not isinstance(module, TransformedModule):
+        raise TransformError(
+            f"inspect: this {type(module).__name__} is not transformed; call lightcache_fx.transform on it"
+        )
+    return module._lightcache.runtime
+
+
+def inspect(module: nn.Module) -> Report:
+    """Programs, plan and counters of a transformed module.
+
+    Raises:
+        TransformError: it is not transformed, or has not been called yet.
+    """
+    runtime = runtime_of(module)
+    latest = runtime.latest()
+    return Report(
+        plan=latest.plan,
+        programs=dict(latest.programs),
+        counts=dict(runtime.counts),
+        kept_bytes=runtime.kept_bytes(),
+        hoisted_bytes=runtime.hoisted_bytes(),
+        route=latest.capture.route,
+    )
+
+
+def reset(module: nn.Module) -> None:
+    """Forget the calling thread's run: slots and hoisted values are freed, and the next call begins a run."""
+    runtime_of(module).tracker.reset()
+
+
+def plan(
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    policy: Policy = _UNTRANSFORMED,
+) -> Plan:
+    """What `transform` would do for one call. Works from fake tensors and on the meta device, with no weights allocated.
+
+    Args:
+        module: in evaluation mode, its weights real, fake or on the meta device.
+        args: the call's positional arguments, of the same kind.
+        kwargs: its keyword arguments.
+        policy: as for `transform`.
+
+    Raises:
+        CaptureError, CutError, ScheduleError, ArgumentError: as the transformed module would on its first call.
+    """
+    _check_module("plan", module)
+    reader = CallReader(type(module).forward, rates=policy.rates, owner=type(module).__name__)
+    marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
+    return make_plan(capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked), policy, module)
+
+
+def _check_module(function: str, module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(
+            f"{function}: expected a torch.nn.Module, got {type(module).__name__}; for a whole pipeline use transform_pipeline"
+        )

@@ -1,0 +1,161 @@
+"""`transform_pipeline`: a diffusers pipeline whose denoisers run programs and whose runs are marked.
+
+The pipeline's own code is not changed. Pipeline and scheduler are second views too: the pipeline's `__call__` begins and
+ends a run, the scheduler's `step` ends a denoising step, so no step has to read a timestep from the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lightcache_fx.calls import default_rate
+from lightcache_fx.errors import ArgumentError, TransformError, nearest
+from lightcache_fx.module import TransformedModule, restore_module, runtime_of, transform
+from lightcache_fx.policy import Policy
+from lightcache_fx.runs import current_run, marked_run, step_done
+from lightcache_fx.views import second_view
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class _AddedPipeline:
+    original: Any
+    components: tuple[str, ...]
+
+
+class MarkedScheduler:
+    """Mixin of a scheduler that tells the current run about its steps."""
+
+    __slots__ = ()
+
+
+class TransformedPipeline:
+    """Mixin of a transformed pipeline; its other base is the original's class."""
+
+    __slots__ = ()
+    _lightcache: _AddedPipeline
+
+
+def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None = None) -> P:
+    """A pipeline of the same class with transformed denoisers; the given one is untouched and shares its weights.
+
+    Args:
+        pipe: a diffusers pipeline, or an object with its attributes: `components`, `scheduler`, `__call__`.
+        policy: applied to every denoiser.
+        components: names of the components to transform; by default every module whose forward takes a timestep, except
+            those that only condition another (the pipeline's `model_cpu_offload_seq` does not name them).
+
+    Raises:
+        ArgumentError: not a pipeline, or a component that it does not have.
+        TransformError: a pipeline that is transformed already, or one without a denoiser.
+    """
+    if not isinstance(getattr(pipe, "components", None), dict) or not callable(pipe):
+        raise ArgumentError(
+            f"transform_pipeline: expected a diffusers pipeline, got {type(pipe).__name__}; for a module use transform"
+        )
+    if isinstance(pipe, TransformedPipeline):
+        raise TransformError(
+            "transform_pipeline: this pipeline is transformed already; call lightcache_fx.restore(pipe) first"
+        )
+    modules: dict[str, nn.Module] = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}  # type: ignore[attr-defined]
+    names = _denoisers(pipe, modules) if components is None else list(components)
+    for name in names:
+        if name not in modules:
+            raise ArgumentError(
+                f"transform_pipeline: the pipeline has no module {name!r}{nearest(name, modules)}; it has {', '.join(modules)}"
+            )
+    if not names:
+        raise TransformError(
+            f"transform_pipeline: no component of {type(pipe).__name__} takes a timestep; name one in components=[...]"
+        )
+    transformed = {name: transform(modules[name], policy) for name in names}
+    copy = object.__new__(type(pipe))
+    vars(copy).update(vars(pipe))
+    view = second_view(copy, _pipeline_mixin(type(pipe)), _AddedPipeline(pipe, tuple(names)))
+    for name, module in transformed.items():
+        setattr(view, name, module)
+    return view
+
+
+def restore_pipeline(pipe: P) -> P:
+    """The very pipeline that was given to `transform_pipeline`."""
+    if not isinstance(pipe, TransformedPipeline):
+        raise TransformError(f"restore: this {type(pipe).__name__} is not transformed")
+    return pipe._lightcache.original  # type: ignore[no-any-return]
+
+
+def restore(transformed: P) -> P:
+    """The original of a transformed module or pipeline, untouched.
+
+    Raises:
+        TransformError: it is not transformed, or hooks were put on it since.
+    """
+    if isinstance(transformed, TransformedPipeline):
+        return restore_pipeline(transformed)
+    if isinstance(transformed, nn.Module):
+        return restore_module(transformed)
+    raise TransformError(f"restore: expected a transformed module or pipeline, got {type(transformed).__name__}")
+
+
+def _denoisers(pipe: Any, modules: dict[str, nn.Module]) -> list[str]:
+    sequence = getattr(pipe, "model_cpu_offload_seq", None)
+    main = set(sequence.split("->")) if isinstance(sequence, str) else set(modules)
+    return [name for name, module in modules.items() if name in main and _takes_timestep(module)]
+
+
+def _takes_timestep(module: nn.Module) -> bool:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return any(default_rate(name, first=i == 0) == "step" for i, name in enumerate(names))
+
+
+def _pipeline_mixin(cls: type) -> type:
+    original_call = cls.__call__  # type: ignore[operator]
+
+    @functools.wraps(original_call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - a method made outside its class
+        _mark_scheduler(self)
+        with marked_run():
+            try:
+                return original_call(self, *args, **kwargs)
+            finally:
+                for name in self._lightcache.components:
+                    module = getattr(self, name)
+                    if isinstance(module, TransformedModule):
+                        runtime_of(module).tracker.reset()  # type: ignore[arg-type]
+
+    return type("TransformedPipeline", (TransformedPipeline,), {"__slots__": (), "__call__": __call__})
+
+
+def _mark_scheduler(pipe: Any) -> None:
+    """Let the pipeline's present scheduler, which the user may have replaced, tell about its steps."""
+    scheduler = pipe.scheduler
+    if not isinstance(scheduler, MarkedScheduler):
+        pipe.scheduler = second_view(scheduler, _scheduler_mixin(type(scheduler)), None)
+
+
+def _scheduler_mixin(cls: type) -> type:
+    original_step = cls.step  # type: ignore[attr-defined]
+    original_set_timesteps = cls.set_timesteps  # type: ignore[attr-defined]
+
+    @functools.wraps(original_step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original_step(self, *args, **kwargs)
+        step_done()
+        return result
+
+    @functools.wraps(original_set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original_set_timesteps(self, *args, **kwargs)
+        run = current_run()
+        if run is not None:
+            run.begin(len(self.timesteps))
+        return result
+
+    return type("MarkedScheduler", (MarkedScheduler,), {"__slots__": (), "step": step, "set_timesteps": set_timesteps})

@@ -1,0 +1,243 @@
+"""The only place that holds state: captures and programs by signature, and per thread the slots of the run under way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightcache_fx.calls import Call, CallLayout, CallReader
+from lightcache_fx.capture import Capture, capture
+from lightcache_fx.cuts import paths_to_mark
+from lightcache_fx.errors import TransformError
+from lightcache_fx.module_state import ModuleState
+from lightcache_fx.plan import Plan, make_plan
+from lightcache_fx.policy import Policy
+from lightcache_fx.program import BoundProgram, Program, build_programs
+from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Everything made for one signature."""
+
+    capture: Capture
+    plan: Plan
+    programs: dict[str, Program]
+    bound: dict[str, BoundProgram]
+    state: ModuleState  # kept so that the objects whose identity is in the key stay alive
+
+
+class _PerThread(threading.local):
+    def __init__(self) -> None:
+        self.tracker = RunTracker()
+
+
+class Runtime:
+    """Runs one module by its programs.
+
+    Args:
+        module: the user's module, in evaluation mode when it is called.
+        policy: what to do with it.
+
+    Raises:
+        ArgumentError: the policy's rates name a parameter that `forward` does not have.
+        CutError: the policy cuts at a module path that does not exist.
+    """
+
+    def __init__(self, module: nn.Module, policy: Policy) -> None:
+        self.module = module
+        self.policy = policy
+        self.reader = CallReader(type(module).forward, rates=policy.rates, owner=type(module).__name__)
+        self.marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
+        self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
+        self.counts: Counter[str] = Counter()
+        self._state = ModuleState.take(module)
+        self._lock = threading.RLock()
+        self._local = _PerThread()
+
+    @property
+    def tracker(self) -> RunTracker:
+        """The calling thread's run."""
+        return self._local.tracker
+
+    def __call__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """One denoiser call: place it in its run, run the program that the schedule asks for, keep what it returns."""
+        with torch.no_grad():
+            call = self.reader.read(args, kwargs)
+            compiled = self.compile(call)
+            position = self._locate(call, compiled)
+            try:
+                return self._run(call, compiled, position)
+            except BaseException:
+                self.tracker.reset()
+                raise
+
+    def compile(self, call: Call) -> Compiled:
+        """The programs for a call's signature, captured and built when it is new."""
+        with self._lock:
+            if not self._state.unchanged():
+                self._state = ModuleState.take(self.module)
+            key = (call.layout, self._state.key)
+            found = self.compiled.get(key)
+            if found is None:
+                found = self._build(call)
+                self.compiled[key] = found
+                while len(self.compiled) > self.policy.max_signatures:
+                    (old, _), _ = self.compiled.popitem(last=False)
+                    log.warning(
+                        "more than max_signatures=%d signatures; dropped the one of %s",
+                        self.policy.max_signatures,
+                        old.leaves,
+                    )
+            self.compiled.move_to_end(key)
+            return found
+
+    def _build(self, call: Call) -> Compiled:
+        captured = capture(self.module, call, mark=self.marked)
+        plan = make_plan(captured, self.policy, self.module)
+        for note in plan.notes:
+            log.warning("%s", note)
+        programs = build_programs(captured, plan)
+        names = [leaf.name for leaf in captured.layout.leaves]
+        bound = {
+            name: BoundProgram(program, self.module, captured.constants, names) for name, program in programs.items()
+        }
+        return Compiled(captured, plan, programs, bound, self._state)
+
+    def _locate(self, call: Call, compiled: Compiled) -> Position:
+        group = (id(compiled), current_branch())
+        inputs = call.of_rate("run")
+        run = current_run()
+        if run is not None:
+            position = self.tracker.locate_marked(run, group, inputs)
+        else:
+            times = call.of_rate("step")
+            if not times:  # nothing tells steps apart, so every call is a run of its own
+                self.tracker.reset()
+            reader = _HostReader(times, inputs)
+            position = self.tracker.locate(reader.time(self.tracker.branches), group, inputs, reader.equal)
+        if position.begins_run:
+            compiled.plan.schedule.check(run.num_steps if run is not None else None)
+        return position
+
+    def _run(self, call: Call, compiled: Compiled, position: Position) -> object:
+        branch = position.branch
+        num_steps = run.num_steps if (run := current_run()) is not None else None
+        full = compiled.plan.schedule.is_full(position.step, num_steps) or not position.certain or not branch.slots
+        if "prologue" in compiled.bound:
+            self._update_hoisted(call, compiled, branch)
+        name = "full" if full or compiled.plan.cut is None else "reuse"
+        tensors, state = compiled.bound[name](call.tensors, branch.slots, branch.hoisted)
+        if compiled.plan.cut is not None and name == "full":
+            branch.slots = {slot.name: value for slot, value in zip(compiled.plan.cut.slots, state, strict=True)}
+        self.counts[name] += 1
+        return compiled.capture.rebuild_output(tensors)
+
+    def _update_hoisted(self, call: Call, compiled: Compiled, branch: Branch) -> None:
+        """Run the prologue unless it has run in this run for these very tensors."""
+        prologue = compiled.bound["prologue"]
+        inputs = [call.tensors[i] for i in prologue.user_inputs]
+        sources = [*inputs, *prologue.weights()]
+        key = tuple(map(_version, sources))
+        if None not in key and key == branch.hoisted_key:
+            return
+        if _holds_for(branch, inputs, key):
+            branch.hoisted_key, branch.hoisted_sources = key, sources
+            return
+        _, values = prologue(call.tensors, {}, {})
+        branch.hoisted = {value.node: tensor for value, tensor in zip(compiled.plan.hoist.values, values, strict=True)}
+        branch.hoisted_key = key
+        branch.hoisted_sources = sources
+        self.counts["prologue"] += 1
+
+    def kept_bytes(self) -> int:
+        """Bytes of the slots that the calling thread holds now."""
+        return sum(_num_bytes(slot) for branch in self.tracker.branches for slot in branch.slots.values())
+
+    def hoisted_bytes(self) -> int:
+        """Bytes of the hoisted values that the calling thread holds now."""
+        return sum(_num_bytes(value) for branch in self.tracker.branches for value in branch.hoisted.values())
+
+    def latest(self) -> Compiled:
+        """What was made for the signature that was used last.
+
+        Raises:
+            TransformError: the module has not been called yet.
+        """
+        if not self.compiled:
+            raise TransformError(
+                f"{type(self.module).__name__} has not been called yet, so there are no programs; call it once"
+            )
+        return next(reversed(self.compiled.values()))
+
+
+def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object, ...]) -> bool:
+    """Whether hoisted values hold for other tensors with equal content: asked on a CPU only, where it costs no host read.
+
+    The tensors that they were computed from must not have been written to since, and the weights must be the same.
+    """
+    old, count = branch.hoisted_sources, len(inputs)
+    if None in key or len(old) != len(key) or any(t.device.type != "cpu" for t in inputs):
+        return False
+    if tuple(map(_version, old)) != branch.hoisted_key or key[count:] != branch.hoisted_key[count:]:
+        return False
+    return all(map(torch.equal, inputs, old))
+
+
+class _HostReader:
+    """Reads from the device, at most once a call, what placing an unmarked call takes: the timestep, and which branch has
+    equal conditioning where no branch has the same tensors.
+    """
+
+    def __init__(self, times: Sequence[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
+        self._times = times
+        self._inputs = inputs
+        self._equal: dict[int, bool] = {}
+
+    def time(self, branches: Sequence[Branch]) -> float:
+        """The mean of the first step-rate input, which may hold one timestep a sample or token."""
+        if not self._times:
+            return 0.0
+        known = any(
+            len(b.inputs) == len(self._inputs) and all(map(_same_object, b.inputs, self._inputs)) for b in branches
+        )
+        facts = [self._times[0].double().mean().reshape(1)]
+        if not known:
+            for branch in branches:
+                facts.append(_all_equal(branch.inputs, self._inputs).to(facts[0].device).reshape(1).double())
+        time, *flags = torch.cat(facts).tolist()
+        self._equal = {id(branch): bool(flag) for branch, flag in zip(branches, flags, strict=False)}
+        return float(time)
+
+    def equal(self, branch: Branch) -> bool:
+        """Whether a branch's inputs had the same values, as read by `time`."""
+        return self._equal.get(id(branch), False)
+
+
+def _all_equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(a) != len(b) or any(
+        x.shape != y.shape or x.dtype != y.dtype or x.device != y.device for x, y in zip(a, b, strict=True)
+    ):
+        return torch.tensor(False)
+    return torch.stack([(x == y).all() for x, y in zip(a, b, strict=True)]).all() if a else torch.tensor(True)
+
+
+def _same_object(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int, int] | None:
+    """Identity and version of a tensor's content; None for inference tensors, which count no versions."""
+    return None if tensor.is_inference() else (id(tensor), tensor.data_ptr(), tensor._version)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
