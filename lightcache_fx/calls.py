@@ -1,7 +1,8 @@
 """One call of a model, taken apart: the tensors it passes, and everything else, which becomes part of the signature.
 
 A call is bound to the parameters of `forward`, so that positional and keyword spellings are one. Its arguments are
-flattened as pytrees; tensor leaves are the inputs of the captured graph, every other leaf is a constant of the signature.
+flattened as pytrees; tensor leaves are the inputs of the captured graph, every other leaf is a constant of the
+signature.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def default_rate(parameter: str, *, first: bool) -> Rate:
     """The rate of a model argument where the policy declares none, by the field's naming of forward parameters.
 
     Timesteps change every step; the first argument, hidden states and the additional residuals of a side network change
-    with the latent; everything else (prompt, image, size, masks) is fixed for one generation. A wrong guess costs speed,
-    never correctness: hoisted values are recomputed whenever an input that they read is another one.
+    with the latent; everything else (prompt, image, size, masks) is fixed for one generation. A wrong guess costs
+    speed, never correctness: hoisted values are recomputed whenever an input that they read is another one.
     """
     if "timestep" in parameter or parameter in _STEP_NAMES:
         return "step"
@@ -134,7 +135,7 @@ class CallReader:
         for position, (path, leaf) in enumerate(flat):
             parameter, name = self._name_of(path, names)
             rate = self._rate_of(parameter)
-            if rate == "step" and isinstance(leaf, numbers.Real) and not isinstance(leaf, bool):
+            if rate == "step" and not isinstance(leaf, bool) and isinstance(leaf, numbers.Real):
                 leaf = _number_tensor(leaf, device)
             if isinstance(leaf, torch.Tensor):
                 leaves.append(InputLeaf(name, parameter, rate))
@@ -144,9 +145,10 @@ class CallReader:
                 constants.append((position, leaf))
             else:
                 raise ArgumentError(
-                    f"{self.owner}: argument {name} is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected tensors,"
-                    f" numbers, strings, None, or tuples, lists and dicts of them; pass its tensors as such, or register the"
-                    f" type with torch.utils._pytree.register_dataclass"
+                    f"{self.owner}: argument {name} is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected"
+                    f" tensors, numbers, strings, None, or tuples, lists and dicts of them; pass its tensors as"
+                    f" such, or"
+                    f" register the type with torch.utils._pytree.register_dataclass"
                 )
         types = tuple(_tensor_type(tensor) for tensor in tensors)
         keys = tuple((p, type(value), repr(value) if isinstance(value, slice) else value) for p, value in constants)
@@ -165,7 +167,7 @@ class CallReader:
 
 def _number_tensor(value: numbers.Real, device: torch.device) -> torch.Tensor:
     dtype = torch.int64 if isinstance(value, numbers.Integral) else torch.float64
-    return torch.tensor(int(value) if dtype is torch.int64 else float(value), dtype=dtype, device=device)
+    return torch.tensor(float(value), dtype=torch.float64, device=device).to(dtype)
 
 
 def _tensor_type(tensor: torch.Tensor) -> tuple[object, ...]:

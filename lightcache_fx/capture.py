@@ -1,9 +1,9 @@
 """Capture: a module and one real call -> one flat ATen graph whose weights are inputs.
 
-Routes, in order: an eager warm-up call (it fills lazily computed caches with real tensors), `torch.export` in non-strict
-mode, and, where that fails, tracing with real tensors. Real-tensor tracing bakes in Python decisions that depended on the
-example, so every capture, whatever its route, is compared with the eager model on other inputs of the same shapes and
-refused when it differs. The module is put back as it was afterwards.
+Routes, in order: an eager warm-up call (it fills lazily computed caches with real tensors), `torch.export` in
+non-strict mode, and, where that fails, tracing with real tensors. Real-tensor tracing bakes in Python decisions that
+depended on the example, so every capture, whatever its route, is compared with the eager model on other inputs of the
+same shapes and refused when it differs. The module is put back as it was afterwards.
 """
 
 from __future__ import annotations
@@ -43,14 +43,12 @@ class Capture:
     """A model's graph for one signature.
 
     Attributes:
-        graph_module: flat ATen graph; each placeholder has a `GraphInput` in `meta["lightcache_input"]`; returns a tuple.
-        constants: tensor constants of the model's code, by name.
-        output_spec: how the returned tensors and `output_constants` make up the model's output.
-        output_constants: the leaves of the output that are no tensors, by position.
-        marks: what each `lightcache::mark` node in the graph stands for, by its tag.
-        route: `export` or `trace`.
-        verified: whether the graph was compared with eager (never for fake tensors).
-        layout: the call that it was captured from.
+        graph_module: flat ATen graph; each placeholder has a `GraphInput` in `meta["lightcache_input"]`; returns a
+        tuple. constants: tensor constants of the model's code, by name. output_spec: how the returned tensors and
+        `output_constants` make up the model's output. output_constants: the leaves of the output that are no tensors,
+        by position. marks: what each `lightcache::mark` node in the graph stands for, by its tag. route: `export` or
+        `trace`. verified: whether the graph was compared with eager (never for fake tensors). layout: the call that it
+        was captured from.
     """
 
     graph_module: fx.GraphModule
@@ -99,9 +97,9 @@ class _FlatCall(nn.Module):
         for _, value in self.record.constants:
             if not isinstance(value, type(None) | bool | int | float | str | torch.dtype):
                 raise ArgumentError(
-                    f"{type(self.model).__name__} returns a {type(value).__qualname__} inside its output; expected tensors,"
-                    f" numbers and None in tuples, lists, dicts or registered output classes; pass return_dict=False, or"
-                    f" register the class with torch.utils._pytree.register_dataclass"
+                    f"{type(self.model).__name__} returns a {type(value).__qualname__} inside its output; expected"
+                    f" tensors, numbers and None in tuples, lists, dicts or registered output classes; pass"
+                    f" return_dict=False, or register the class with torch.utils._pytree.register_dataclass"
                 )
         return tuple(found)
 
@@ -123,7 +121,7 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
         raise CaptureError(
             f"{type(module).__name__} is in training mode (dropout and batch statistics on); call .eval() first"
         )
-    if torch.is_autocast_enabled(call.tensors[0].device.type if call.tensors else "cpu"):
+    if any(torch.is_autocast_enabled(kind) for kind in {t.device.type for t in call.tensors} - {"meta"}):
         raise CaptureError(
             "torch.autocast is on; lightcache_fx captures one precision: load the model in it and leave autocast"
         )
@@ -181,7 +179,6 @@ class _Attempt:
                 captured = _finish(flat, traced, route=route, verified=not self.fake)
             if not self.fake:
                 check_against_eager(captured, self.module, self.call)
-            return captured
         except ArgumentError:
             raise
         except CaptureMismatchError as error:
@@ -190,6 +187,8 @@ class _Attempt:
         except Exception as error:  # noqa: BLE001 - whatever stops a route is reported, and the next route is tried
             self.last_error = error
             self.failures.append(f"by {route}: {explain_failure(error)}")
+        else:
+            return captured
         finally:
             touched = self.state.restore()
             log.debug("capture by %s touched %d containers of the module", route, touched)
@@ -340,7 +339,7 @@ def _lift_constants(graph_module: fx.GraphModule, inputs: list[GraphInput]) -> d
 
 
 def _own_lazy_weights(traced: _Traced, module: nn.Module, weights: dict[str, torch.Tensor | None]) -> _Traced:
-    """Buffers that only the warm-up call made, and that go when the module is put back, become constants of the capture."""
+    """Buffers that only the warm-up call made, and that go with it, become constants of the capture."""
     now = {name: table[key] for name, (table, key) in weight_slots(module).items()}
     for index, binding in enumerate(traced.inputs):
         if binding.kind == "weight" and weights.get(binding.name) is not now[binding.name]:
@@ -350,7 +349,7 @@ def _own_lazy_weights(traced: _Traced, module: nn.Module, weights: dict[str, tor
 
 
 def _finish(flat: _FlatCall, traced: _Traced, *, route: str, verified: bool) -> Capture:
-    """One clean graph: typed inputs, no wrapper in module paths, marked values noted and no longer returned, normalised."""
+    """One clean graph: typed inputs, module paths as the user knows them, normalised."""
     from lightcache_fx.passes import normalize
 
     source = traced.graph_module.graph

@@ -24,9 +24,9 @@ _MARGINS = (0, 1, 2)
 def search_cuts(facts: GraphFacts, module: nn.Module, max_kept_bytes: int | None) -> tuple[CutChoice, list[CutChoice]]:
     """The candidate with the fewest reuse FLOPs that keeps at most `max_kept_bytes`, and all candidates by reuse FLOPs.
 
-    Candidates: single values, by the post-dominator tree (below); the up-path values at skip connections; everything that
-    a block of the model's own stacks returns; residual ranges over these stacks. Only cuts after which a reuse step still
-    reads the current latent are considered.
+    Candidates: single values, by the post-dominator tree (below); the up-path values at skip connections; everything
+    that a block of the model's own stacks returns; residual ranges over these stacks. Only cuts after which a reuse
+    step still reads the current latent are considered.
 
     Raises:
         CutError: no candidate, or none within the limit (the message has the smallest).
@@ -43,7 +43,8 @@ def search_cuts(facts: GraphFacts, module: nn.Module, max_kept_bytes: int | None
     if not fitting:
         least = min(ranked, key=lambda c: c.kept_bytes)
         raise CutError(
-            f"cut='auto': max_kept_bytes={max_kept_bytes} is below the smallest cut, {least.kept_bytes} bytes ({least.label})"
+            f"cut='auto': max_kept_bytes={max_kept_bytes} is below the smallest cut, {least.kept_bytes} bytes"
+            f" ({least.label})"
         )
     return fitting[0], ranked
 
@@ -51,8 +52,8 @@ def search_cuts(facts: GraphFacts, module: nn.Module, max_kept_bytes: int | None
 def _single_values(facts: GraphFacts) -> list[CutChoice]:
     """The values whose replacement kills most FLOPs.
 
-    Keeping a value saves exactly the nodes that it post-dominates: those from which every path to the output leads through
-    it. They are its subtree in the dominator tree of the reversed graph (Cooper, Harvey and Kennedy 2001).
+    Keeping a value saves exactly the nodes that it post-dominates: those from which every path to the output leads
+    through it. They are its subtree in the dominator tree of the reversed graph (Cooper, Harvey and Kennedy 2001).
     """
     flow = nx.DiGraph()
     for node in facts.graph.nodes:
@@ -69,9 +70,13 @@ def _single_values(facts: GraphFacts) -> list[CutChoice]:
     usable = [
         node
         for node in parents
-        if not holds_latent[node] and saved[node] > 0 and changes_within_run(facts.rates[node]) and len(tensors_of(node)) == 1
-        and node.op == "call_function" and node.target is not MARK
-    ]  # fmt: skip
+        if node.op == "call_function"
+        and node.target is not MARK
+        and len(tensors_of(node)) == 1
+        and saved[node] > 0
+        and not holds_latent[node]
+        and changes_within_run(facts.rates[node])
+    ]
     usable.sort(key=lambda node: (-saved[node], num_bytes(node)))
     return [measure_cut(facts, describe(node), [(node, None)]) for node in usable[:_NUM_SINGLE]]
 

@@ -90,7 +90,8 @@ def choose_cut(facts: GraphFacts, cut: Cut, module: nn.Module) -> tuple[CutChoic
         the cut, and for `Auto` the table of candidates it was chosen from (empty otherwise).
 
     Raises:
-        CutError: the depth, path or range is not in the graph, cannot be kept, or does not reach the output; the message
+        CutError: the depth, path or range is not in the graph, cannot be kept, or does not reach the output; the
+        message
             names what there is instead.
     """
     match cut:
@@ -114,7 +115,8 @@ def depth_cut(facts: GraphFacts, depth: int) -> CutChoice:
     joins = find_joins(facts.graph, facts.flops, facts.rates)
     if not joins:
         raise CutError(
-            f"cut={depth}: the graph has no skip connections that join an up path, so there is no depth to cut at; cut at a"
+            f"cut={depth}: the graph has no skip connections that join an up path, so there is no depth to cut at;"
+            f" cut at a"
             f" module path, at Residual(first=..., last=...) or with 'auto'"
         )
     if depth >= len(joins):
@@ -179,7 +181,8 @@ def residual_streams(
         if len(fitting) != 1:
             names = ", ".join(map(describe, fitting)) or "none"
             raise CutError(
-                f"{label}: cannot tell which input of {first!r} is the stream of {describe(node)}; expected one of its type,"
+                f"{label}: cannot tell which input of {first!r} is the stream of {describe(node)}; expected one of"
+                f" its type,"
                 f" found {names}; name the first and last block of one stack, first before last"
             )
         streams.append((node, fitting[0]))
@@ -238,7 +241,7 @@ def measure_cut(facts: GraphFacts, label: str, kept: Sequence[tuple[fx.Node, fx.
 
 def reuse_nodes(graph: fx.Graph, kept: Sequence[tuple[fx.Node, fx.Node | None]]) -> set[fx.Node]:
     """The nodes that still run on a reuse step."""
-    bases = {node: base for node, base in kept}
+    bases = dict(kept)
     roots = [n for n in outputs(graph) if isinstance(n, fx.Node)]
     found: set[fx.Node] = set()
     stack = list(roots)

@@ -17,8 +17,8 @@ from lightcache_fx.graphs import calls, is_view
 def count_flops(graph: fx.Graph) -> dict[fx.Node, int]:
     """FLOPs of every call, from shapes alone.
 
-    Each distinct operator call is run once on fake tensors under `torch.utils.flop_counter`, which decomposes what has no
-    formula of its own (linear, matmul, attention). Opaque submodules carry the count of their warm-up call.
+    Each distinct operator call is run once on fake tensors under `torch.utils.flop_counter`, which decomposes what has
+    no formula of its own (linear, matmul, attention). Opaque submodules carry the count of their warm-up call.
 
     Source: `torch.utils.flop_counter.flop_registry`.
     """

@@ -22,7 +22,8 @@ class GraphInput:
     """What a placeholder stands for.
 
     Attributes:
-        kind: a weight (parameter or buffer), a tensor constant of the capture, a tensor of the call, a cached value of an
+        kind: a weight (parameter or buffer), a tensor constant of the capture, a tensor of the call, a cached value of
+        an
             earlier step, or a value computed once a generation.
         name: full weight name, argument name, slot name or hoisted value's name.
         rate: how often it can change.
@@ -46,7 +47,8 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The one output node."""
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    found: fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return found
 
 
 def outputs(graph: fx.Graph) -> tuple[Any, ...]:
@@ -133,7 +135,7 @@ def drop_unused_inputs(graph: fx.Graph, kinds: Iterable[InputKind]) -> int:
 
 
 def ancestors(roots: Iterable[fx.Node], *, stop: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
-    """All nodes that `roots` depend on, themselves included; a node for which `stop` holds is not walked into or kept."""
+    """All nodes that `roots` depend on, themselves included; nodes for which `stop` holds are left out."""
     found: set[fx.Node] = set()
     stack = [node for node in roots if not stop(node)]
     while stack:

@@ -1,7 +1,7 @@
 """Which run-invariant values are worth computing once a generation.
 
-Loop-invariant code motion (Aho et al., section 9.5) over the denoising loop: a value of rate `run` or `const` that is read
-by something faster leaves the step, if computing it again every step would cost more than reading it.
+Loop-invariant code motion (Aho et al., section 9.5) over the denoising loop: a value of rate `run` or `const` that is
+read by something faster leaves the step, if computing it again every step would cost more than reading it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class HoistPlan:
 def plan_hoisting(facts: GraphFacts, max_bytes: int | None) -> HoistPlan:
     """Choose the frontier values that pay: most work per held byte first, while they fit `max_bytes`.
 
-    A value pays when the work that only it needs is at least four FLOP-equivalents a byte that it holds; an element of a
-    memory-bound operator counts as eight. With `max_bytes=None` hoisted values may hold 2 % of the weights' bytes, at
-    least 16 MiB.
+    A value pays when the work that only it needs is at least four FLOP-equivalents a byte that it holds; an element of
+    a memory-bound operator counts as eight. With `max_bytes=None` hoisted values may hold 2 % of the weights' bytes,
+    at least 16 MiB.
     """
     limit = max(MIN_BYTES, int(WEIGHT_SHARE * facts.weight_bytes())) if max_bytes is None else max_bytes
     slow = {node for node, rate in facts.rates.items() if not changes_within_run(rate) and node.op != "output"}
@@ -68,7 +68,7 @@ def plan_hoisting(facts: GraphFacts, max_bytes: int | None) -> HoistPlan:
         if node in slow and node.op in ("call_function", "call_module") and any(user not in slow for user in node.users)
     )
     cones = {node: ancestors([node]) for node in frontier if _holdable(node)}
-    work = {node: sum(map(lambda n: _work(n, facts), cone)) for node, cone in cones.items()}
+    work = {node: sum(_work(n, facts) for n in cone) for node, cone in cones.items()}
     chosen: list[fx.Node] = []
     covered: set[fx.Node] = set()
     used = 0

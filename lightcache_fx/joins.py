@@ -15,9 +15,9 @@ def find_joins(graph: fx.Graph, flops: Mapping[fx.Node, int], rates: Mapping[fx.
     """The up-path value that each skip connection is concatenated to, outermost (last executed) first.
 
     A join is a concatenation of two values that change with the latent, one of which (the skip) costs nothing that the
-    other (the up path) has not already cost: everything with FLOPs before the skip also lies before the up path, and the
-    up path has FLOPs of its own. Rotary embeddings, concatenated streams and gated units are told apart by this. Entry
-    `b` is the value that DeepCache (Ma et al. 2023) keeps at branch `b`.
+    other (the up path) has not already cost: everything with FLOPs before the skip also lies before the up path, and
+    the up path has FLOPs of its own. Rotary embeddings, concatenated streams and gated units are told apart by this.
+    Entry `b` is the value that DeepCache (Ma et al. 2023) keeps at branch `b`.
     """
     joins = []
     for node in calls(graph):

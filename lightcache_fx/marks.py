@@ -1,8 +1,8 @@
 """Finding a module's arguments and results in its captured graph, exactly.
 
-A graph does not say which values a module returned: a module may hand its input through, or share a value with its caller.
-While a capture is traced, forward hooks on the modules of interest pass their tensors through `lightcache::mark`, an
-identity that stays in the graph as a named place to cut and is erased from every program.
+A graph does not say which values a module returned: a module may hand its input through, or share a value with its
+caller. While a capture is traced, forward hooks on the modules of interest pass their tensors through
+`lightcache::mark`, an identity that stays in the graph as a named place to cut and is erased from every program.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Mark:
 
 
 @torch.library.custom_op("lightcache::mark", mutates_args=())
-def mark(tensor: torch.Tensor, tag: int) -> torch.Tensor:
+def mark(tensor: torch.Tensor, tag: int) -> torch.Tensor:  # noqa: ARG001 - the tag is data of the node
     """The identity, with a tag to find it by."""
     return tensor.clone()
 
 
 @mark.register_fake
-def _(tensor: torch.Tensor, tag: int) -> torch.Tensor:
+def _(tensor: torch.Tensor, tag: int) -> torch.Tensor:  # noqa: ARG001 - as above
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
@@ -43,7 +43,7 @@ MARK = torch.ops.lightcache.mark.default
 
 @contextmanager
 def marked_modules(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Mark]]:
-    """While active, the tensors that go into and come out of the named submodules are marked; yields what each tag means."""
+    """While active, tensors going into and out of the named submodules are marked; yields what each tag means."""
     marks: list[Mark] = []
     handles: list[Any] = []
     try:
@@ -81,4 +81,4 @@ def _hooks(path: str, marks: list[Mark]) -> tuple[Callable[..., Any], Callable[.
 
 def marked_nodes(graph: fx.Graph, marks: Sequence[Mark]) -> dict[Mark, fx.Node]:
     """The node of each mark that is still alive in the graph."""
-    return {marks[int(node.args[1])]: node for node in graph.nodes if node.target is MARK}  # type: ignore[arg-type]
+    return {marks[int(node.args[1])]: node for node in graph.nodes if node.target is MARK}

@@ -32,7 +32,7 @@ class _Added:
     runtime: Runtime
 
 
-class TransformedModule:
+class TransformedModule(nn.Module):
     """Mixin of every transformed module; its other base is the class of the original.
 
     Parameters, buffers, submodules, `config`, hooks and attributes are the original's own, so `state_dict`, `to`,
@@ -87,8 +87,8 @@ class Report:
 def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
     """A drop-in for `module` that runs static programs instead of its forward.
 
-    Nothing is captured before the first call with a new signature (tree, shapes, dtypes, devices, other arguments, module
-    structure). The original is untouched and shares all its weights with the drop-in.
+    Nothing is captured before the first call with a new signature (tree, shapes, dtypes, devices, other arguments,
+    module structure). The original is untouched and shares all its weights with the drop-in.
 
     Args:
         module: a denoiser, or any module, in evaluation mode when called; called with a latent and a timestep.
@@ -105,15 +105,18 @@ def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
     _check_module("transform", module)
     if not isinstance(policy, Policy):
         raise ArgumentError(
-            f"transform: policy must be a lightcache_fx.Policy, got {type(policy).__name__}; read files with Policy.from_yaml"
+            f"transform: policy must be a lightcache_fx.Policy, got {type(policy).__name__}; read files with"
+            f" Policy.from_yaml"
         )
     if isinstance(module, TransformedModule):
         raise TransformError(
-            f"transform: this {type(module).__name__} is transformed already; call lightcache_fx.restore(module) first, or pass the original"
+            f"transform: this {type(module).__name__} is transformed already; call lightcache_fx.restore(module)"
+            f" first, or pass the original"
         )
     if "forward" in vars(module):
         raise TransformError(
-            f"transform: forward of this {type(module).__name__} has been replaced on the instance (offload hooks and some cache"
+            f"transform: forward of this {type(module).__name__} has been replaced on the instance (offload hooks"
+            f" and some cache"
             f" helpers do that); remove these hooks first, and enable them on the transformed module"
         )
     runtime = Runtime(module, policy)
@@ -126,10 +129,11 @@ def restore_module(module: M) -> M:
         raise TransformError(f"restore: this {type(module).__name__} is not transformed")
     if "forward" in vars(module):
         raise TransformError(
-            f"restore: hooks that replace forward were put on this {type(module).__name__} after transform; remove them first"
-            f" (pipe.remove_all_hooks(), or accelerate.hooks.remove_hook_from_module)"
+            f"restore: hooks that replace forward were put on this {type(module).__name__} after transform; remove"
+            f" them first (pipe.remove_all_hooks(), or accelerate.hooks.remove_hook_from_module)"
         )
-    return module._lightcache.original  # type: ignore[return-value]
+    original: Any = module._lightcache.original
+    return original  # type: ignore[no-any-return]
 
 
 def runtime_of(module: nn.Module) -> Runtime:
@@ -171,7 +175,9 @@ def plan(
     kwargs: Mapping[str, Any] | None = None,
     policy: Policy = _UNTRANSFORMED,
 ) -> Plan:
-    """What `transform` would do for one call. Works from fake tensors and on the meta device, with no weights allocated.
+    """What `transform` would do for one call.
+
+    Works from fake tensors and on the meta device, with no weights allocated.
 
     Args:
         module: in evaluation mode, its weights real, fake or on the meta device.
@@ -191,5 +197,6 @@ def plan(
 def _check_module(function: str, module: object) -> None:
     if not isinstance(module, nn.Module):
         raise ArgumentError(
-            f"{function}: expected a torch.nn.Module, got {type(module).__name__}; for a whole pipeline use transform_pipeline"
+            f"{function}: expected a torch.nn.Module, got {type(module).__name__}; for a whole pipeline use"
+            f" transform_pipeline"
         )

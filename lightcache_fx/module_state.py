@@ -1,7 +1,8 @@
 """Everything in a module tree, beside the values of its weights, that can change what `forward` does.
 
-Used twice: to see, before every call, that a capture is still valid (a LoRA adapter injected, an attention processor set,
-FreeU switched on, a dtype changed), and to put a module back as it was after it has been traced (lazily filled caches).
+Used twice: to see, before every call, that a capture is still valid (a LoRA adapter injected, an attention processor
+set, FreeU switched on, a dtype changed), and to put a module back as it was after it has been traced (lazily filled
+caches).
 """
 
 from __future__ import annotations
@@ -147,11 +148,11 @@ def _refill(container: Container, content: Container) -> None:
     if isinstance(container, list):
         container.extend(content)
     else:
-        container.update(content)  # type: ignore[arg-type]
+        container.update(content)
 
 
 def weight_slots(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where each parameter and buffer lives, by full name: `(the owner's dict, key)`, to look it up afresh every call."""
+    """Where each parameter and buffer lives, by full name: `(the owner's dict, key)`, to look it up at every call."""
     slots: dict[str, tuple[dict[str, Any], str]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         for table in (owner._parameters, owner._buffers):

@@ -1,7 +1,7 @@
 """One submodule as one opaque operation: the route for code that no tracer follows.
 
-Some forwards compute constants from Python lists, write through `.data`, or branch on tensor values. The innermost module
-that does so stays a call of the user's own module inside the graph; everything around it is captured as usual.
+Some forwards compute constants from Python lists, write through `.data`, or branch on tensor values. The innermost
+module that does so stays a call of the user's own module inside the graph; everything around it is captured as usual.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _keys = itertools.count()
 
 
 @torch.library.custom_op("lightcache::opaque", mutates_args=())
-def opaque(tensors: list[torch.Tensor], key: int) -> list[torch.Tensor]:
+def opaque(tensors: list[torch.Tensor], key: int) -> list[torch.Tensor]:  # noqa: ARG001 - a schema only
     """Stands for the call of a submodule while a graph is traced; captures replace it by the call itself."""
     raise CaptureError("lightcache::opaque has a meaning only inside a capture")
 
 
 @opaque.register_fake
-def _(tensors: list[torch.Tensor], key: int) -> list[torch.Tensor]:
+def _(tensors: list[torch.Tensor], key: int) -> list[torch.Tensor]:  # noqa: ARG001 - shapes are the region's
     return [torch.empty_strided(shape, stride, dtype=d, device=dev) for shape, stride, d, dev in _regions[key].outputs]
 
 
@@ -59,6 +59,7 @@ class OpaqueCall(nn.Module):
         self.train(False)
 
     def forward(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Call the submodule with the tensors where they belong."""
         (region,) = self._region
         args, kwargs = _rebuild(region, tensors)
         return [leaf for leaf in pytree.tree_leaves(region.module(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]

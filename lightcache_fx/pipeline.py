@@ -1,7 +1,7 @@
 """`transform_pipeline`: a diffusers pipeline whose denoisers run programs and whose runs are marked.
 
-The pipeline's own code is not changed. Pipeline and scheduler are second views too: the pipeline's `__call__` begins and
-ends a run, the scheduler's `step` ends a denoising step, so no step has to read a timestep from the device.
+The pipeline's own code is not changed. Pipeline and scheduler are second views too: the pipeline's `__call__` begins
+and ends a run, the scheduler's `step` ends a denoising step, so no step has to read a timestep from the device.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
     for name in names:
         if name not in modules:
             raise ArgumentError(
-                f"transform_pipeline: the pipeline has no module {name!r}{nearest(name, modules)}; it has {', '.join(modules)}"
+                f"transform_pipeline: the pipeline has no module {name!r}{nearest(name, modules)}; it has"
+                f" {', '.join(modules)}"
             )
     if not names:
         raise TransformError(
@@ -116,7 +117,7 @@ def _takes_timestep(module: nn.Module) -> bool:
 
 
 def _pipeline_mixin(cls: type) -> type:
-    original_call = cls.__call__  # type: ignore[operator]
+    original_call = cls.__call__
 
     @functools.wraps(original_call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - a method made outside its class
@@ -128,7 +129,7 @@ def _pipeline_mixin(cls: type) -> type:
                 for name in self._lightcache.components:
                     module = getattr(self, name)
                     if isinstance(module, TransformedModule):
-                        runtime_of(module).tracker.reset()  # type: ignore[arg-type]
+                        runtime_of(module).tracker.reset()
 
     return type("TransformedPipeline", (TransformedPipeline,), {"__slots__": (), "__call__": __call__})
 

@@ -54,8 +54,8 @@ class _Settings(pydantic.BaseModel):
 class Residual(_Settings):
     """A range of blocks kept as a residual: `out - in` of the last full step is added to the new `in`.
 
-    For transformers, where replacing a block's output by an old one would discard the current latent. `first` and `last`
-    are module paths, both ends included.
+    For transformers, where replacing a block's output by an old one would discard the current latent. `first` and
+    `last` are module paths, both ends included.
     """
 
     first: str

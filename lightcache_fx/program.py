@@ -106,7 +106,9 @@ class BoundProgram:
         index = {name: i for i, name in enumerate(user_names)}
         self._weights = [tables[i.name] for i in program.inputs if i.kind == "weight"]
         keys: dict[str, Mapping[str, Any]] = {"constant": constants, "user": index}
-        self._sources = [(i.kind, keys[i.kind][i.name] if i.kind in keys else i.name) for i in program.inputs]
+        self._sources: list[tuple[str, Any]] = [
+            (i.kind, keys[i.kind][i.name] if i.kind in keys else i.name) for i in program.inputs
+        ]
         self.user_inputs = [index[i.name] for i in program.inputs if i.kind == "user"]
         self._run = program.graph_module.forward
 

@@ -38,4 +38,4 @@ def _draws_random_numbers(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-    return node.target not in _DETERMINISTIC or dropout != 0.0
+    return bool(node.target not in _DETERMINISTIC or dropout != 0.0)

@@ -1,8 +1,8 @@
 """Which generation, which step and which guidance branch a call of the denoiser belongs to.
 
-A pipeline made by `transform_pipeline` says so (`MarkedRun`): a run begins with the pipeline's call and a step ends with the
-scheduler's. Elsewhere the timestep's value tells. Nothing is guessed silently: wherever the evidence fits two readings, the
-call runs the full program, which is right under both, and says why in the log.
+A pipeline made by `transform_pipeline` says so (`MarkedRun`): a run begins with the pipeline's call and a step ends
+with the scheduler's. Elsewhere the timestep's value tells. Nothing is guessed silently: wherever the evidence fits two
+readings, the call runs the full program, which is right under both, and says why in the log.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MarkedRun:
     _epoch_of_step: int = -1
 
     def begin(self, num_steps: int) -> None:
-        """The scheduler has made its timesteps: a run of `num_steps` evaluations begins here (again, in some pipelines)."""
+        """The scheduler has made its timesteps: a run of `num_steps` evaluations begins (again, in some pipelines)."""
         self.number = next(_run_numbers)
         self.epoch, self.step, self._epoch_of_step = 0, -1, -1
         self.num_steps = num_steps
@@ -233,7 +233,7 @@ class RunTracker:
         return Position(branch, branch.step, certain=certain, begins_run=False)
 
     def _plausible(self, branch: Branch, delta: float, known: str) -> bool:
-        """Whether a later timestep continues the branch's run rather than beginning one in mid-schedule (image to image)."""
+        """Whether a later timestep continues the branch's run, rather than beginning one in mid-schedule."""
         if known == "identical":
             return True
         steady = branch.last_delta > 0 and branch.last_delta / _JUMP <= delta <= branch.last_delta * _JUMP

@@ -1,4 +1,4 @@
-"""The only place that holds state: captures and programs by signature, and per thread the slots of the run under way."""
+"""The only place that holds state: programs by signature, and per thread the slots of the run under way."""
 
 from __future__ import annotations
 
@@ -90,12 +90,13 @@ class Runtime:
             if found is None:
                 found = self._build(call)
                 self.compiled[key] = found
-                while len(self.compiled) > self.policy.max_signatures:
+                if len(self.compiled) > self.policy.max_signatures:
                     (old, _), _ = self.compiled.popitem(last=False)
+                    shapes = ", ".join(
+                        f"{leaf.name} {tuple(kind[0])}" for leaf, kind in zip(old.leaves, old.tensor_types, strict=True)
+                    )
                     log.warning(
-                        "more than max_signatures=%d signatures; dropped the one of %s",
-                        self.policy.max_signatures,
-                        old.leaves,
+                        "max_signatures=%d reached: dropped the programs for %s", self.policy.max_signatures, shapes
                     )
             self.compiled.move_to_end(key)
             return found
@@ -180,9 +181,10 @@ class Runtime:
 
 
 def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object, ...]) -> bool:
-    """Whether hoisted values hold for other tensors with equal content: asked on a CPU only, where it costs no host read.
+    """Whether hoisted values hold for other tensors with equal content.
 
-    The tensors that they were computed from must not have been written to since, and the weights must be the same.
+    Asked on a CPU only, where it costs no host read. The tensors that they were computed from must not have been
+    written to since, and the weights must be the same.
     """
     old, count = branch.hoisted_sources, len(inputs)
     if None in key or len(old) != len(key) or any(t.device.type != "cpu" for t in inputs):
@@ -193,8 +195,9 @@ def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object
 
 
 class _HostReader:
-    """Reads from the device, at most once a call, what placing an unmarked call takes: the timestep, and which branch has
-    equal conditioning where no branch has the same tensors.
+    """Reads from the device, at most once a call, what placing an unmarked call takes.
+
+    That is the timestep and, where no branch has the same conditioning tensors, which branch has equal ones.
     """
 
     def __init__(self, times: Sequence[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:

@@ -41,8 +41,8 @@ class Schedule:
         total = num_steps or self.num_steps
         if self.last and total is None:
             raise ScheduleError(
-                f"last={self.last}: the number of steps is not known here; use transform_pipeline, which tells it, or give"
-                f" Cache(num_steps=...)"
+                f"last={self.last}: the number of steps is not known here; use transform_pipeline, which tells it, or"
+                f" give Cache(num_steps=...)"
             )
         if self.num_steps is not None and num_steps is not None and self.num_steps != num_steps:
             raise ScheduleError(
@@ -66,7 +66,8 @@ class Schedule:
         total = num_steps or self.num_steps
         if self.mask is not None and step >= len(self.mask):
             raise ScheduleError(
-                f"mask has {len(self.mask)} entries, but step {step} (counted from 0) was called; give one entry a step, second"
+                f"mask has {len(self.mask)} entries, but step {step} (counted from 0) was called; give one entry a"
+                f" step, second"
                 f" evaluations of second-order schedulers included"
             )
         if step < self.first or (total is not None and step >= total - self.last):

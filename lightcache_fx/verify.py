@@ -24,11 +24,11 @@ _SEEDS = (1, 2)
 
 
 def check_against_eager(capture: Capture, module: nn.Module, call: Call) -> None:
-    """Compare the captured graph with the eager model, bitwise, on the call's inputs and on other ones of the same shapes.
+    """Compare the captured graph with the eager model, bitwise, on the call's inputs and on others of the same shapes.
 
-    The other inputs have fresh latents of the same mean and deviation, another timestep, shuffled integers from the same
-    range and other prefix lengths for masks. Where the eager model itself differs between two runs (nondeterministic
-    kernels), that difference bounds what is allowed.
+    The other inputs have fresh latents of the same mean and deviation, another timestep, shuffled integers from the
+    same range and other prefix lengths for masks. Where the eager model itself differs between two runs
+    (nondeterministic kernels), that difference bounds what is allowed.
 
     Raises:
         CaptureMismatchError: with the largest difference and the inputs that showed it.
@@ -126,8 +126,8 @@ def _dense(tensor: torch.Tensor) -> bool:
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return (
-        torch.equal(a, b) or (torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan()))
+    return torch.equal(a, b) or (
+        torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan())
     )
 
 

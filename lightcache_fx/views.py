@@ -1,8 +1,8 @@
 """Second views of an object: another class over the same attributes.
 
-A drop-in must be everything that the original is: pass `isinstance`, save under the original's name, show attributes set on
-it later. So it is an instance of a subclass of the original's class that shares the original's `__dict__`; the original is
-not touched, and what the subclass adds lives in a slot outside that dict.
+A drop-in must be everything that the original is: pass `isinstance`, save under the original's name, show attributes
+set on it later. So it is an instance of a subclass of the original's class that shares the original's `__dict__`; the
+original is not touched, and what the subclass adds lives in a slot outside that dict.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def second_view(original: T, mixin: type, added: object) -> T:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    view = object.__new__(type(cls)(cls.__name__, (mixin, cls), namespace))
+    metaclass: Any = type(cls)
+    view: Any = object.__new__(metaclass(cls.__name__, (mixin, cls), namespace))
     object.__setattr__(view, "__dict__", original.__dict__)
     object.__setattr__(view, "_lightcache", added)
-    return view  # type: ignore[no-any-return]
+    result: T = view
+    return result

@@ -1,8 +1,8 @@
 """The shape of a pass and the runner that holds passes to it.
 
-A pass is `verb_noun(graph, *, plan...) -> PassResult`: it rewrites the graph that it is given and says truthfully whether
-the printed text changed. The runner checks that, the graph's well-formedness and the input/output contract after every
-pass, and names the pass that broke one.
+A pass is `verb_noun(graph, *, plan...) -> PassResult`: it rewrites the graph that it is given and says truthfully
+whether the printed text changed. The runner checks that, the graph's well-formedness and the input/output contract
+after every pass, and names the pass that broke one.
 """
 
 from __future__ import annotations

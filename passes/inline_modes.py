@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -37,10 +39,11 @@ def _inlinable(node: fx.Node) -> bool:
 def _inline(graph: fx.Graph, node: fx.Node) -> None:
     skip = 1 if node.target is _GRAD else 4
     body_node, *operands = node.args[skip:]
-    assert isinstance(body_node, fx.Node) and graph.owning_module is not None
+    assert isinstance(body_node, fx.Node)
+    assert graph.owning_module is not None
     body = getattr(graph.owning_module, str(body_node.target))
     arguments = iter(operands)
-    mapping: dict[fx.Node, object] = {}
+    mapping: dict[fx.Node, Any] = {}
     with graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "placeholder":
@@ -49,7 +52,7 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
                 results = inner.args[0]
                 break
             else:
-                copied = graph.node_copy(inner, mapping.__getitem__)  # type: ignore[arg-type]
+                copied = graph.node_copy(inner, mapping.__getitem__)
                 copied.meta = dict(inner.meta)
                 copied.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
                 mapping[inner] = copied

@@ -22,8 +22,8 @@ def remove_dropout(graph: fx.Graph) -> PassResult:
 
         %d : f32[2,4] = aten.dropout.default(%x, 0.1, False)        ->   uses of %d read %x
 
-    Only calls whose `train` argument is the constant False, or whose probability is zero; others draw random numbers and
-    are left alone.
+    Only calls whose `train` argument is the constant False, or whose probability is zero; others draw random numbers
+    and are left alone.
     """
     removed = 0
     for node in list(calls(graph)):

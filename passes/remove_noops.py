@@ -73,4 +73,4 @@ def _is_identity_permutation(node: fx.Node) -> bool:
 
 def _is_whole_slice(node: fx.Node) -> bool:
     step = node.args[4] if len(node.args) > 4 else 1
-    return step == 1
+    return bool(step == 1)

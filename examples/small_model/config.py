@@ -1,6 +1,6 @@
 """Component configurations of the small Stable-Video-Diffusion-shaped pipeline.
 
-32 x 32 pixels become 8 x 8 latents of 4 channels; 8 frames. The U-Net has the block types of the real one, attention at
+32 x 32 pixels become 8 x 8 latents of 8 channels; 8 frames. The U-Net has the block types of the real one, attention at
 its first level and three levels, so that every DeepCache branch id of the real one's first two levels exists.
 """
 
@@ -23,7 +23,7 @@ CLIP_IMAGE_SIZE = 224
 class ModelConfig:
     """Widths of the components; the defaults are the shipped model, tests use narrower ones."""
 
-    latent_channels: int = 4
+    latent_channels: int = 8
     vae_channels: tuple[int, ...] = (64, 64, 64)
     unet_channels: tuple[int, ...] = (64, 64, 64)
     unet_heads: int = 2
@@ -34,7 +34,7 @@ class ModelConfig:
 
 def make_vae(config: ModelConfig) -> AutoencoderKLTemporalDecoder:
     """Make the untrained autoencoder; it halves the image once per entry of `vae_channels` but the last."""
-    return AutoencoderKLTemporalDecoder(
+    vae = AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * len(config.vae_channels),
         block_out_channels=config.vae_channels,
         layers_per_block=1,
@@ -43,13 +43,27 @@ def make_vae(config: ModelConfig) -> AutoencoderKLTemporalDecoder:
         scaling_factor=1.0,
         force_upcast=True,
     )
+    _start_frame_by_frame(vae)
+    return vae
+
+
+@torch.no_grad()
+def _start_frame_by_frame(vae: AutoencoderKLTemporalDecoder) -> None:
+    """Let training start from a decoder that does not mix frames and from a narrow posterior."""
+    for name, module in vae.decoder.named_modules():
+        if name.endswith("temporal_res_block"):
+            torch.nn.init.zeros_(module.conv2.weight)
+            torch.nn.init.zeros_(module.conv2.bias)
+    torch.nn.init.dirac_(vae.decoder.time_conv_out.weight)
+    torch.nn.init.zeros_(vae.decoder.time_conv_out.bias)
+    vae.quant_conv.bias[vae.config.latent_channels :] = -4
 
 
 def make_unet(config: ModelConfig) -> UNetSpatioTemporalConditionModel:
-    """Make the untrained U-Net: attention at the first level, plain blocks below it."""
+    """Make the untrained U-Net: attention at the first level, plain blocks below it, every residual branch at zero."""
     num_plain = len(config.unet_channels) - 1
     time_dim = 32
-    return UNetSpatioTemporalConditionModel(
+    unet = UNetSpatioTemporalConditionModel(
         sample_size=IMAGE_SIZE // 2 ** (len(config.vae_channels) - 1),
         in_channels=2 * config.latent_channels,
         out_channels=config.latent_channels,
@@ -63,6 +77,11 @@ def make_unet(config: ModelConfig) -> UNetSpatioTemporalConditionModel:
         num_attention_heads=config.unet_heads,
         num_frames=NUM_FRAMES,
     )
+    for name, module in unet.named_modules():
+        if name.endswith(("res_block.conv2", "proj_out", "conv_out")):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return unet
 
 
 def make_image_encoder(config: ModelConfig) -> CLIPVisionModelWithProjection:

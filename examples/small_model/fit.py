@@ -60,6 +60,11 @@ class Averaged:
         decay = min(self.decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 
+    def apply(self) -> None:
+        """Give the module the averaged weights."""
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            parameter.data.copy_(value)
+
     def _swap(self) -> None:
         for parameter, value in zip(self.parameters, self.values, strict=True):
             parameter.data, value.data = value.data, parameter.data

@@ -1,7 +1,7 @@
 """Sample the shipped model and measure it: `python -m examples.small_model.sample --help`.
 
-Held-out first frames go through the unmodified pipeline. The sheet shows the real clip above the generated one, the curve
-the held-out losses of training, and the figures say how far the sprites are from where they should be.
+Held-out first frames go through the unmodified pipeline. The sheet shows the real clip above the generated one, the
+curve the held-out losses of training, and the figures say how far the sprites are from where they should be.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ NUM_FRAMES = 8
 FPS = 7
 PIXELS_PER_FRAME_AT_127 = 1.25
 MOTION_BUCKETS = (48, 224)
+TWO_SPRITES = 0.1
+"""The share of clips with a second sprite."""
+
 MIN_RADIUS, MAX_RADIUS = 6.0, 7.5
 """Half a sprite's length in pixels."""
 
@@ -53,8 +56,8 @@ GLASS: Colour = (205, 235, 250)
 FLAME: Colour = (255, 170, 40)
 
 SIDE_HEADINGS = (0.0, np.pi)
-UP_HEADINGS = (-np.pi / 2, -np.pi / 4, -3 * np.pi / 4)
-ALL_HEADINGS = tuple(np.pi / 4 * k for k in range(8))
+UP_HEADINGS = (-np.pi / 2,)
+ALL_HEADINGS = tuple(np.pi / 2 * k for k in range(4))
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def sample_clip(seed: int, index: int) -> ClipSpec:
     """Draw clip `index` of the data set `seed`: one or two sprites, apart at frame 0, most heading inwards."""
     rng = np.random.default_rng([seed, index])
     sprites: list[SpriteSpec] = []
-    num_sprites = 1 + int(rng.random() < 0.3)
+    num_sprites = 1 + int(rng.random() < TWO_SPRITES)
     while len(sprites) < num_sprites:
         sprite = _sample_sprite(rng)
         if all(np.hypot(*np.subtract(sprite.start, other.start)) > 0.8 * 2 * MAX_RADIUS for other in sprites):

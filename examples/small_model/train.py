@@ -1,6 +1,7 @@
 """Train the small image-to-video model on procedural sprites: `python -m examples.small_model.train --help`.
 
-Stages, each resumed from its checkpoint when run again: `vae`, `unet` (needs the first), `export` (needs both).
+Stages, each resumed from its checkpoint when run again: `vae`, then `decoder` and `unet` (in any order, or
+side by side), then `export`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
 
 from examples.small_model import config, data, losses
 from examples.small_model.fit import FitOptions, Run, fit
+from examples.small_model.sprites import NUM_FRAMES
 
-NUM_TRAINING_CLIPS = 6144
+NUM_TRAINING_CLIPS = 4096
 NUM_HELDOUT_CLIPS = 64
 BATCH_CLIPS = 4
-VAE_CLIPS, VAE_FRAMES = 2, 4
-"""Clips a step and consecutive frames a clip while the autoencoder trains."""
+VAE_IMAGES = 8
+"""Images a step while the autoencoder trains; its temporal decoder is then tuned on one whole clip a step."""
 
 RUNS = Path("runs/small_model")
 MODEL_FOLDER = Path(__file__).parent / "svd-sprites"
@@ -42,17 +44,31 @@ def _frames(folder: Path, seed: int, threads: int) -> tuple[data.FramePool, data
 
 
 def vae_loss(vae: AutoencoderKLTemporalDecoder, generator: torch.Generator, *, frames: data.FramePool) -> torch.Tensor:
-    """Return the loss of one random batch of short clips."""
+    """Return the loss of one batch of single frames of random clips."""
     num_clips, num_frames = frames.pixels.shape[:2]
-    clips = torch.randint(num_clips, (VAE_CLIPS,), generator=generator)
-    start = int(torch.randint(num_frames - VAE_FRAMES + 1, (1,), generator=generator))
-    pixels = data.to_model_range(frames.pixels[clips, start : start + VAE_FRAMES])
+    clips = torch.randint(num_clips, (VAE_IMAGES,), generator=generator)
+    times = torch.randint(num_frames, (VAE_IMAGES,), generator=generator)
+    pixels = data.to_model_range(frames.pixels[clips, times])[:, None]
     return losses.reconstruction_loss(vae, pixels, generator)
 
 
-def evaluate_vae(vae: AutoencoderKLTemporalDecoder, *, frames: data.FramePool) -> dict[str, float]:
-    """Return the held-out loss and the peak signal-to-noise ratio of whole decoded clips in dB."""
-    pixels = data.to_model_range(frames.pixels[:8])
+def decoder_loss(
+    _: torch.nn.Module,
+    generator: torch.Generator,
+    *,
+    vae: AutoencoderKLTemporalDecoder,
+    frames: data.FramePool,
+) -> torch.Tensor:
+    """Return the loss of one random clip."""
+    clip = torch.randint(len(frames.pixels), (1,), generator=generator)
+    return losses.reconstruction_loss(vae, data.to_model_range(frames.pixels[clip]), generator)
+
+
+def evaluate_vae(
+    _: torch.nn.Module, *, vae: AutoencoderKLTemporalDecoder, frames: data.FramePool, num_frames: int
+) -> dict[str, float]:
+    """Return the held-out loss and the peak signal-to-noise ratio in dB, decoding `num_frames` at once."""
+    pixels = data.to_model_range(frames.pixels[:8]).flatten(0, 1).unflatten(0, (-1, num_frames))
     loss = losses.reconstruction_loss(vae, pixels, torch.Generator().manual_seed(0))
     latents = vae.encode(pixels.flatten(0, 1)).latent_dist.mode()
     decoded = vae.decode(latents, num_frames=pixels.shape[1]).sample.clamp(-1, 1)
@@ -80,15 +96,21 @@ def evaluate_unet(denoiser: config.Denoiser, *, pool: data.LatentPool) -> dict[s
     return {"heldout_loss": float(torch.cat(parts).mean())}
 
 
-def trained_vae(folder: Path, frames: data.FramePool) -> AutoencoderKLTemporalDecoder:
-    """Return the averaged autoencoder of a checkpoint, its scaling factor measured on `frames`."""
-    vae = config.make_vae(config.ModelConfig())
-    run = Run(vae, FitOptions(folder / "vae", seed=0, steps=0, learning_rate=0.0))
+def _load_average(module: torch.nn.Module, folder: Path) -> int:
+    """Load the averaged weights of a stage's checkpoint into `module`, frozen; return the checkpoint's step."""
+    run = Run(module, FitOptions(folder, seed=0, steps=0, learning_rate=0.0))
     if not run.options.checkpoint.exists():
-        raise typer.BadParameter(f"no autoencoder in {run.options.checkpoint}; run the stage `vae` first")
+        raise typer.BadParameter(f"no checkpoint {run.options.checkpoint}; run the stage `{folder.name}` first")
     run.restore()
-    run.average.__enter__()
-    vae.requires_grad_(False)
+    run.average.apply()
+    module.requires_grad_(False)
+    return run.step
+
+
+def image_vae(folder: Path, frames: data.FramePool) -> AutoencoderKLTemporalDecoder:
+    """Return the autoencoder trained on images, its scaling factor measured on `frames`."""
+    vae = config.make_vae(config.ModelConfig())
+    _load_average(vae, folder / "vae")
     vae.register_to_config(scaling_factor=data.latent_scale(vae, frames))
     return vae
 
@@ -97,8 +119,8 @@ def trained_vae(folder: Path, frames: data.FramePool) -> AutoencoderKLTemporalDe
 def train_vae(
     folder: Folder = RUNS,
     seed: Seed = 0,
-    threads: Threads = 2,
-    steps: int = 900,
+    threads: Threads = 1,
+    steps: int = 800,
     decay_steps: int = 300,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
@@ -108,26 +130,49 @@ def train_vae(
     frames, heldout = _frames(folder, seed, threads)
     torch.manual_seed(seed)
     options = FitOptions(
-        folder / "vae", seed, steps, learning_rate, decay_steps=decay_steps, ema_decay=0.99, minutes=minutes
+        folder / "vae", seed, steps, learning_rate, decay_steps=decay_steps, ema_decay=0.98, minutes=minutes
     )
-    run = Run(config.make_vae(config.ModelConfig()), options)
-    fit(run, functools.partial(vae_loss, frames=frames), functools.partial(evaluate_vae, frames=heldout))
+    vae = config.make_vae(config.ModelConfig())
+    evaluate = functools.partial(evaluate_vae, vae=vae, frames=heldout, num_frames=1)
+    fit(Run(vae, options), functools.partial(vae_loss, frames=frames), evaluate)
+
+
+@app.command("decoder")
+def train_decoder(
+    folder: Folder = RUNS,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    steps: int = 1200,
+    decay_steps: int = 300,
+    minutes: Minutes = None,
+    learning_rate: float = 1e-3,
+) -> None:
+    """Tune the temporal decoder on whole clips, the encoder frozen; may run while the U-Net trains."""
+    torch.set_num_threads(threads)
+    frames, heldout = _frames(folder, seed, threads)
+    vae = image_vae(folder, frames)
+    vae.decoder.requires_grad_(True)
+    options = FitOptions(
+        folder / "decoder", seed, steps, learning_rate, decay_steps=decay_steps, ema_decay=0.98, minutes=minutes
+    )
+    evaluate = functools.partial(evaluate_vae, vae=vae, frames=heldout, num_frames=NUM_FRAMES)
+    fit(Run(vae.decoder, options), functools.partial(decoder_loss, vae=vae, frames=frames), evaluate)
 
 
 @app.command("unet")
 def train_unet(
     folder: Folder = RUNS,
     seed: Seed = 0,
-    threads: Threads = 2,
-    steps: int = 6000,
-    decay_steps: int = 800,
+    threads: Threads = 1,
+    steps: int = 3000,
+    decay_steps: int = 500,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
 ) -> None:
     """Train the U-Net and the image encoder on the autoencoder's latents."""
     torch.set_num_threads(threads)
     frames, heldout_frames = _frames(folder, seed, threads)
-    vae = trained_vae(folder, frames)
+    vae = image_vae(folder, frames)
     pool = data.load_latent_pool(vae, frames, seed, folder / "data" / "latents-train.safetensors")
     heldout = data.encode_pool(vae, heldout_frames, seed + data.HELDOUT_SEED_OFFSET)
     torch.manual_seed(seed)
@@ -143,12 +188,12 @@ def export(folder: Folder = RUNS, seed: Seed = 0, threads: Threads = 1, target: 
     """Write the averaged weights as a float16 pipeline folder."""
     torch.set_num_threads(threads)
     frames, _ = _frames(folder, seed, threads)
+    vae = image_vae(folder, frames)
+    _load_average(vae.decoder, folder / "decoder")
     denoiser = config.Denoiser(config.ModelConfig())
-    run = Run(denoiser, FitOptions(folder / "unet", seed=seed, steps=0, learning_rate=0.0))
-    run.restore()
-    run.average.__enter__()
+    step = _load_average(denoiser, folder / "unet")
     pipeline = StableVideoDiffusionPipeline(
-        vae=trained_vae(folder, frames).half(),
+        vae=vae.half(),
         image_encoder=denoiser.image_encoder.half(),
         unet=denoiser.unet.half(),
         scheduler=config.make_scheduler(),
@@ -156,7 +201,7 @@ def export(folder: Folder = RUNS, seed: Seed = 0, threads: Threads = 1, target: 
     )
     pipeline.save_pretrained(target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    typer.echo(f"step {run.step}: wrote {size / 1e6:.2f} MB to {target.name}")
+    typer.echo(f"step {step}: wrote {size / 1e6:.2f} MB to {target.name}")
 
 
 if __name__ == "__main__":

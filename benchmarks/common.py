@@ -1,0 +1,194 @@
+"""What the benchmarks share: interleaved timing, ratios pair by pair, goals, and results without host names or paths."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and extremes of repeated figures."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The figures as they came."""
+        return cls(tuple(map(float, values)))
+
+    @property
+    def median(self) -> float:
+        """Of an even number of figures the mean of the middle two; NaN of none."""
+        return statistics.median(self.values) if self.values else math.nan
+
+    def as_dict(self) -> dict[str, float | int]:
+        """`median`, `min`, `max`, `count`."""
+        ends = (min(self.values), max(self.values)) if self.values else (math.nan, math.nan)
+        return {"median": self.median, "min": ends[0], "max": ends[1], "count": len(self.values)}
+
+    def format(self, pattern: str = "{:.3f}") -> str:
+        """`3.142 (3.120 to 3.201)`."""
+        facts = self.as_dict()
+        middle, low, high = (pattern.format(facts[key]) for key in ("median", "min", "max"))
+        return middle if len(self.values) == 1 else f"{middle} ({low} to {high})"
+
+
+def pairwise_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """Ratios of figures taken one after the other; a drift of the machine that spans a pair cancels."""
+    return Spread.of(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def in_turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
+    """`repeats` rounds of all names, every second round backwards (A B B A), so that none always comes first."""
+    for index in range(repeats):
+        for name in names if index % 2 == 0 else tuple(reversed(names)):
+            yield index, name
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def microseconds_of(function: Callable[[], object], repeats: int = 30) -> Spread:
+    """Wall time of each of `repeats` calls, after one that does not count."""
+    function()
+    return Spread.of(1e6 * seconds_of(function) for _ in range(repeats))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure and the limit that it should keep.
+
+    Attributes:
+        name: what is measured.
+        value: the figure, by its median where it was repeated.
+        sense: on which side of the limit it should be.
+        limit: the limit.
+    """
+
+    name: str
+    value: float
+    sense: Literal["at most", "at least", "above"]
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure keeps its limit; a NaN does not."""
+        match self.sense:
+            case "at most":
+                return self.value <= self.limit
+            case "at least":
+                return self.value >= self.limit
+            case _:
+                return self.value > self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figure, the limit and whether it was met, for JSON."""
+        return {"value": self.value, "goal": f"{self.sense} {self.limit:.4g}", "met": self.met}
+
+    def format(self) -> str:
+        """`at most 1.02: met`."""
+        return f"{self.sense} {self.limit:.3g}: {'met' if self.met else 'not met'}"
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on: versions, threads, processor. No host name, no path."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "lightcache-fx")},
+        "threads": torch.get_num_threads(),
+        "cores": len(_processors()) or None,
+        "processor": next(iter(_processors()), platform.machine()),
+        "system": platform.system(),
+    }
+
+
+def _processors() -> list[str]:
+    """The model name of each core, as Linux tells it; empty elsewhere."""
+    source = Path("/proc/cpuinfo")
+    if not source.exists():
+        return []
+    lines = source.read_text(encoding="utf-8").splitlines()
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+
+
+def peak_process_bytes() -> int:
+    """The most memory that this process has held, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Give every parameter a random value: what diffusers initialises to zero would hide its branch."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+            else:
+                parameter.copy_(0.2 * noise + name.endswith("weight"))
+
+
+@contextmanager
+def fake_models(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, modules and tensors are made without memory, modules in `dtype`: `.half()` cannot cast fake weights."""
+    before = torch.get_default_dtype()
+    with FakeTensorMode():
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def tensor_bytes(tree: object) -> tuple[int, int]:
+    """Number and bytes of the distinct storages behind the tensors of a tree."""
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves if _holds(leaf)}
+    return len(storages), sum(storages.values())
+
+
+def _holds(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result for people to diff."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, allow_nan=True) + "\n", encoding="utf-8")
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
+    """One table; the first column is text, the others stand right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,175 @@
+"""Watching one generation stage by stage: encode, denoise, decode; without changing pipeline or models.
+
+Stages are told apart by what diffusers offers for it: a forward hook on the autoencoder's encoder, which is the last
+work before the loop, and the pipeline's own callback after each denoising step.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import StableVideoDiffusionPipeline
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+STAGES = ("encode", "denoise", "decode")
+Frames = NDArray[np.float32]
+"""RGB in 0..1: (frames, height, width, 3)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the pipeline: `image` is the first frame, `seed` decides all noise."""
+
+    image: Image.Image
+    steps: int
+    seed: int
+    fps: int
+    motion_bucket_id: int
+
+
+class Observer(Protocol):
+    """Told when a stage begins and when a denoising step ends."""
+
+    def stage(self, name: str) -> None:
+        """Stage `name` of `STAGES` begins, or `done`."""
+
+    def step(self, pipe: StableVideoDiffusionPipeline) -> None:
+        """A denoising step has ended."""
+
+
+def generate(pipe: StableVideoDiffusionPipeline, request: Request, observers: Sequence[Observer] = ()) -> Frames:
+    """Run the pipeline once and tell the observers, in order, where it is."""
+
+    def begin(name: str) -> None:
+        for observer in observers:
+            observer.stage(name)
+
+    def step_ended(pipe: StableVideoDiffusionPipeline, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+        for observer in observers:
+            observer.step(pipe)
+        if step == pipe.num_timesteps - 1:
+            begin("decode")
+        return {}
+
+    hook = pipe.vae.encoder.register_forward_hook(lambda *_: begin("denoise"))
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    begin("encode")
+    try:
+        frames = pipe(
+            request.image,
+            height=size,
+            width=size,
+            num_inference_steps=request.steps,
+            fps=request.fps,
+            motion_bucket_id=request.motion_bucket_id,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+            callback_on_step_end=step_ended,
+        ).frames[0]
+    finally:
+        hook.remove()
+    begin("done")
+    return np.asarray(frames, dtype=np.float32)
+
+
+class Clock:
+    """Wall-clock seconds of each stage and of each denoising step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.step_seconds: list[float] = []
+        self._stage = "done"
+        self._since = self._step_since = 0.0
+
+    def stage(self, name: str) -> None:
+        """Close the stage before."""
+        now = time.perf_counter()
+        if self._stage != "done":
+            self.seconds[self._stage] = now - self._since
+        self._stage, self._since, self._step_since = name, now, now
+
+    def step(self, _pipe: StableVideoDiffusionPipeline) -> None:
+        """Close the step."""
+        now = time.perf_counter()
+        self.step_seconds.append(now - self._step_since)
+        self._step_since = now
+
+
+class Meter(TorchDispatchMode):
+    """Peak tensor bytes and FLOPs of each stage, counted operator by operator while the mode is entered.
+
+    Bytes are those of storages that operators have allocated and that are still alive; weights and inputs are not among
+    them, nor is scratch memory inside a kernel. So the figures are the same on every machine.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes: dict[str, int] = {}
+        self.flops: dict[str, int] = {}
+        self._live_bytes = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._stage = "done"
+        self._flops_before = 0
+        self._counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+
+    def __enter__(self) -> Meter:
+        self._counter.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._counter.__exit__(*error)
+
+    def stage(self, name: str) -> None:
+        """Close the stage before and begin another from what is alive now."""
+        total = self._counter.get_total_flops()
+        if self._stage != "done":
+            self.flops[self._stage] = total - self._flops_before
+        if name != "done":
+            self.peak_bytes[name] = self._live_bytes
+        self._stage, self._flops_before = name, total
+
+    def step(self, _pipe: StableVideoDiffusionPipeline) -> None:
+        """Steps are not told apart here."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the operator; storages first seen among its results are new."""
+        for storage in _storages((args, kwargs)):
+            self._seen.add(storage)
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage not in self._seen:
+                self._seen.add(storage)
+                self._live_bytes += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        if self._stage != "done":
+            self.peak_bytes[self._stage] = max(self.peak_bytes[self._stage], self._live_bytes)
+        return result
+
+    def _freed(self, num_bytes: int) -> None:
+        self._live_bytes -= num_bytes
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, **_kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}  # noqa: SLF001 - an operator's name
+"""The attention kernel of a CPU, which torch's registry of formulas leaves out: it would count as nothing."""

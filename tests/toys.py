@@ -1,0 +1,89 @@
+"""Tiny denoisers that several tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import lightcache_fx as lc
+
+
+class Denoiser(nn.Module):
+    """Three layers and a skip: `skip = inner(x)`, `up = middle(skip, t, prompt)`, `outer([up, skip])`.
+
+    Shapes: sample (B, 4), timestep () or (B,), encoder_hidden_states (B, 3) -> (B, 4). Cut 0 keeps what `middle` returns.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 8)
+        self.middle = Middle()
+        self.outer = nn.Linear(16, 4)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+        self.eval().requires_grad_(False)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, scale: float = 1.0
+    ) -> torch.Tensor:
+        skip = self.inner(sample)
+        up = self.middle(skip, timestep, encoder_hidden_states)
+        return self.outer(torch.cat([up * scale, skip], dim=-1))
+
+
+class Middle(nn.Module):
+    """What a reuse step leaves out; `embed` depends on the prompt alone, so it is hoisted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 8))
+        self.layer = nn.Linear(8, 8)
+
+    def forward(
+        self, hidden: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        phase = torch.sin(torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1) / 100)
+        return self.layer(torch.tanh(hidden * phase + self.embed(encoder_hidden_states)))
+
+
+def latent(seed: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(seed: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+class Watched:
+    """A transformed module whose calls say which program ran, and are compared with eager where that was `full`."""
+
+    def __init__(self, model: nn.Module, policy: lc.Policy) -> None:
+        self.model = model
+        self.transformed = lc.transform(model, policy)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(self.transformed._lightcache.runtime.counts)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        """Call it; returns `full` or `reuse`. A full step must equal the eager model, bitwise."""
+        before = self.counts
+        with torch.no_grad():
+            self.output = self.transformed(*args, **kwargs)
+            after = self.counts
+            (kind,) = [name for name in ("full", "reuse") if after.get(name, 0) > before.get(name, 0)]
+            if kind == "full":
+                expected = self.model(*args, **kwargs)
+                assert torch.equal(self.output, expected), "a full step differs from eager"
+        return kind
+
+    def run(self, times: Any, conditioning: torch.Tensor, *, seed: int = 0) -> list[str]:
+        """One generation of fresh latents."""
+        return [
+            self(latent(100 * seed + step, conditioning.shape[0]), time, conditioning)
+            for step, time in enumerate(times)
+        ]
