@@ -6,13 +6,15 @@ pipeline as it is, and by the same pipeline after `transform_pipeline`. Videos, 
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-if not __package__:  # run as a script: `examples` is a package of the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples` is a package of the repository
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns as it is imported, if torchvision is not there
 
 import diffusers
 import torch
@@ -114,7 +116,7 @@ def load(folder: Path) -> StableVideoDiffusionPipeline:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = StableVideoDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        pipe = StableVideoDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
         raise DemoError(f"cannot load the pipeline in {folder}: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)

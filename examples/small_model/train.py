@@ -19,6 +19,8 @@ from examples.small_model.fit import FitOptions, Run, fit
 from examples.small_model.sprites import NUM_FRAMES
 
 NUM_TRAINING_CLIPS = 4096
+NUM_LATENT_CLIPS = 2048
+"""How many of them are encoded for the U-Net."""
 NUM_HELDOUT_CLIPS = 64
 BATCH_CLIPS = 4
 VAE_IMAGES = 8
@@ -173,11 +175,12 @@ def train_unet(
     torch.set_num_threads(threads)
     frames, heldout_frames = _frames(folder, seed, threads)
     vae = image_vae(folder, frames)
-    pool = data.load_latent_pool(vae, frames, seed, folder / "data" / "latents-train.safetensors")
+    encoded = data.FramePool(frames.pixels[:NUM_LATENT_CLIPS], frames.motion_bucket_ids[:NUM_LATENT_CLIPS])
+    pool = data.load_latent_pool(vae, encoded, seed, folder / "data" / "latents-train.safetensors")
     heldout = data.encode_pool(vae, heldout_frames, seed + data.HELDOUT_SEED_OFFSET)
     torch.manual_seed(seed)
     options = FitOptions(
-        folder / "unet", seed, steps, learning_rate, decay_steps=decay_steps, evaluate_every=200, minutes=minutes
+        folder / "unet", seed, steps, learning_rate, decay_steps=decay_steps, evaluate_every=150, minutes=minutes
     )
     run = Run(config.Denoiser(config.ModelConfig()), options)
     fit(run, functools.partial(unet_loss, pool=pool), functools.partial(evaluate_unet, pool=heldout))
