@@ -1,4 +1,5 @@
-"""What the benchmarks share: interleaved timing, ratios pair by pair, goals, and results without host names or paths."""
+"""What the benchmarks share: interleaved timing, ratios pair by pair, goals, and results without host names or"
+" paths."""
 
 from __future__ import annotations
 

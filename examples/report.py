@@ -158,7 +158,7 @@ def grids(comparison: Comparison) -> list[Grid]:
     settings = comparison.settings
     return [
         Grid(
-            f"seconds (median of {settings['repeats']}), {settings['steps']} steps, {settings['threads']} threads",
+            f"seconds (median of {settings['repeats']}), {settings['steps']} steps, threads: {settings['threads']}",
             ("stage", "plain", "accelerated", "speed-up", "FLOP-bound speed-up"),
             tuple(_time_row(comparison, stage) for stage in (*STAGES, "total")),
         ),

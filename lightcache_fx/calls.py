@@ -12,7 +12,7 @@ import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -54,6 +54,15 @@ class InputLeaf:
     rate: Rate
 
 
+class TensorType(NamedTuple):
+    """What a capture is valid for; strides only where a tensor is not contiguous, and of sizes above 1."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(frozen=True)
 class CallLayout:
     """The tree of a call without its tensors. Equal layouts of equal tensor types share one capture."""
@@ -63,7 +72,7 @@ class CallLayout:
     constant_keys: tuple[tuple[int, type, object], ...]
     leaves: tuple[InputLeaf, ...]
     positions: tuple[int, ...]
-    tensor_types: tuple[tuple[object, ...], ...]
+    tensor_types: tuple[TensorType, ...]
 
     def rebuild(self, tensors: Sequence[object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's `(args, kwargs)` with `tensors` in the tensor places."""
@@ -170,9 +179,8 @@ def _number_tensor(value: numbers.Real, device: torch.device) -> torch.Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device=device).to(dtype)
 
 
-def _tensor_type(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What a capture is valid for: shape, strides that matter (those of sizes above 1), dtype, device."""
+def _tensor_type(tensor: torch.Tensor) -> TensorType:
     strides = None
     if not tensor.is_contiguous():
         strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tuple(tensor.shape), strides, tensor.dtype, tensor.device
+    return TensorType(tuple(tensor.shape), strides, tensor.dtype, tensor.device)

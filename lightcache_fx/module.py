@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,10 +45,6 @@ class TransformedModule(nn.Module):
     __slots__ = ()
     _lightcache: _Added
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's forward, by program; inference only, gradients do not flow."""
-        return self._lightcache.runtime(args, kwargs)
-
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """Name the guidance branch of the calls made inside, as diffusers' pipelines do around each pass."""
@@ -53,8 +52,6 @@ class TransformedModule(nn.Module):
             yield
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
-
         return transform(copy.deepcopy(self._lightcache.original, memo), self._lightcache.runtime.policy)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -113,21 +110,40 @@ def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
             f"transform: this {type(module).__name__} is transformed already; call lightcache_fx.restore(module)"
             f" first, or pass the original"
         )
-    if "forward" in vars(module):
+    if _forward_is_replaced(module):
         raise TransformError(
             f"transform: forward of this {type(module).__name__} has been replaced on the instance (offload hooks"
             f" and some cache"
             f" helpers do that); remove these hooks first, and enable them on the transformed module"
         )
     runtime = Runtime(module, policy)
-    return second_view(module, TransformedModule, _Added(module, runtime))
+    return second_view(module, _module_mixin(type(module)), _Added(module, runtime))
+
+
+def _forward_is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's; what removed hooks leave behind is cleared away."""
+    found = vars(module).get("forward")
+    if isinstance(found, types.MethodType) and found.__self__ is module and found.__func__ is type(module).forward:
+        del vars(module)["forward"]
+        return False
+    return found is not None
+
+
+def _module_mixin(cls: type[nn.Module]) -> type[TransformedModule]:
+    """The mixin with a `forward` that shows the signature of the original's, since pipelines inspect it."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: TransformedModule, *args: Any, **kwargs: Any) -> Any:
+        return self._lightcache.runtime(args, kwargs)
+
+    return type("TransformedModule", (TransformedModule,), {"__slots__": (), "forward": forward})
 
 
 def restore_module(module: M) -> M:
     """The very module that was given to `transform`."""
     if not isinstance(module, TransformedModule):
         raise TransformError(f"restore: this {type(module).__name__} is not transformed")
-    if "forward" in vars(module):
+    if _forward_is_replaced(module):
         raise TransformError(
             f"restore: hooks that replace forward were put on this {type(module).__name__} after transform; remove"
             f" them first (pipe.remove_all_hooks(), or accelerate.hooks.remove_hook_from_module)"

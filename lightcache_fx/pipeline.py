@@ -60,6 +60,11 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
         raise ArgumentError(
             f"transform_pipeline: expected a diffusers pipeline, got {type(pipe).__name__}; for a module use transform"
         )
+    if not callable(getattr(getattr(pipe, "scheduler", None), "step", None)):
+        raise ArgumentError(
+            f"transform_pipeline: {type(pipe).__name__} has no scheduler whose steps could mark a run; transform its"
+            f" denoiser with transform, and mark runs with marked_run and step_done"
+        )
     if isinstance(pipe, TransformedPipeline):
         raise TransformError(
             "transform_pipeline: this pipeline is transformed already; call lightcache_fx.restore(pipe) first"
@@ -159,4 +164,16 @@ def _scheduler_mixin(cls: type) -> type:
             run.begin(len(self.timesteps))
         return result
 
-    return type("MarkedScheduler", (MarkedScheduler,), {"__slots__": (), "step": step, "set_timesteps": set_timesteps})
+    original_set_begin_index: Any = getattr(cls, "set_begin_index", None)
+
+    def set_begin_index(self: Any, begin_index: int = 0) -> None:
+        """Image to image begins in mid-schedule: fewer steps are to come."""
+        original_set_begin_index(self, begin_index)
+        run = current_run()
+        if run is not None and run.num_steps is not None:
+            run.num_steps = len(self.timesteps) - begin_index
+
+    methods: dict[str, Any] = {"__slots__": (), "step": step, "set_timesteps": set_timesteps}
+    if original_set_begin_index is not None:
+        methods["set_begin_index"] = set_begin_index
+    return type("MarkedScheduler", (MarkedScheduler,), methods)

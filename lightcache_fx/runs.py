@@ -113,7 +113,7 @@ class Branch:
     repeats: int = 0
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     hoisted: dict[str, torch.Tensor] = field(default_factory=dict)
-    hoisted_key: tuple[object, ...] = ()
+    hoisted_key: tuple[object, ...] | None = None
     hoisted_sources: Sequence[torch.Tensor] = ()  # held, so that an identity in the key stays that tensor's
 
 

@@ -73,9 +73,8 @@ class Runtime:
         with torch.no_grad():
             call = self.reader.read(args, kwargs)
             compiled = self.compile(call)
-            position = self._locate(call, compiled)
             try:
-                return self._run(call, compiled, position)
+                return self._run(call, compiled, self._locate(call, compiled))
             except BaseException:
                 self.tracker.reset()
                 raise
@@ -92,12 +91,10 @@ class Runtime:
                 self.compiled[key] = found
                 if len(self.compiled) > self.policy.max_signatures:
                     (old, _), _ = self.compiled.popitem(last=False)
-                    shapes = ", ".join(
-                        f"{leaf.name} {tuple(kind[0])}" for leaf, kind in zip(old.leaves, old.tensor_types, strict=True)
-                    )
-                    log.warning(
-                        "max_signatures=%d reached: dropped the programs for %s", self.policy.max_signatures, shapes
-                    )
+                    types = zip(old.leaves, old.tensor_types, strict=True)
+                    shapes = ", ".join(f"{leaf.name} {type_.shape}" for leaf, type_ in types)
+                    limit = self.policy.max_signatures
+                    log.warning("max_signatures=%d reached: dropped the programs for %s", limit, shapes)
             self.compiled.move_to_end(key)
             return found
 
@@ -136,6 +133,8 @@ class Runtime:
         if "prologue" in compiled.bound:
             self._update_hoisted(call, compiled, branch)
         name = "full" if full or compiled.plan.cut is None else "reuse"
+        if name == "full":
+            branch.slots = {}  # a full step needs none of the old values, so they make room for its own
         tensors, state = compiled.bound[name](call.tensors, branch.slots, branch.hoisted)
         if compiled.plan.cut is not None and name == "full":
             branch.slots = {slot.name: value for slot, value in zip(compiled.plan.cut.slots, state, strict=True)}
@@ -186,10 +185,10 @@ def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object
     Asked on a CPU only, where it costs no host read. The tensors that they were computed from must not have been
     written to since, and the weights must be the same.
     """
-    old, count = branch.hoisted_sources, len(inputs)
-    if None in key or len(old) != len(key) or any(t.device.type != "cpu" for t in inputs):
+    old, old_key, count = branch.hoisted_sources, branch.hoisted_key, len(inputs)
+    if old_key is None or None in key or len(old) != len(key) or any(t.device.type != "cpu" for t in inputs):
         return False
-    if tuple(map(_version, old)) != branch.hoisted_key or key[count:] != branch.hoisted_key[count:]:
+    if tuple(map(_version, old)) != old_key or key[count:] != old_key[count:]:
         return False
     return all(map(torch.equal, inputs, old))
 

@@ -24,6 +24,7 @@ LOG_SIGMA_MEAN, LOG_SIGMA_STD = 0.2, 1.5
 CONDITION_DROPOUT = 0.1
 KL_WEIGHT = 5e-4
 EDGE_WEIGHT = 0.5
+SPRITE_WEIGHT = 6.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ def denoising_losses(denoiser: Denoiser, pool: LatentPool, clips: torch.Tensor, 
     return (predicted - target).square().mean(dim=(1, 2, 3, 4))
 
 
+def sprite_weight(pixels: torch.Tensor) -> torch.Tensor:
+    """Return 1 where a pixel is like the rest of its row, as the backdrop is, and more where it is not.
+
+    `pixels` is (images, 3, height, width) in -1..1; the result (images, 1, height, width).
+    """
+    contrast = (pixels - pixels.median(dim=-1, keepdim=True).values).abs().amax(dim=1, keepdim=True)
+    return 1 + SPRITE_WEIGHT * (contrast > 0.15).float()
+
+
 def _edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
 
@@ -90,12 +100,16 @@ def _edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def reconstruction_loss(
     vae: AutoencoderKLTemporalDecoder, pixels: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return L1 of pixels + L1 of their horizontal and vertical differences + a small KL term, as one scalar."""
+    """Return the autoencoder's loss, a scalar, for `pixels` (clips, frames, 3, height, width) in -1..1.
+
+    It is L1, heavier on the sprites, plus L1 of the differences between neighbours, plus a small KL term.
+    """
     num_frames = pixels.shape[1]
-    pixels = pixels.flatten(0, 1)
-    posterior = vae.encode(pixels).latent_dist
+    images = pixels.flatten(0, 1)
+    posterior = vae.encode(images).latent_dist
     latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
     decoded = vae.decode(latents, num_frames=num_frames).sample
-    edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(decoded), _edges(pixels), strict=True))
+    error = (sprite_weight(images) * (decoded - images).abs()).mean()
+    edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(decoded), _edges(images), strict=True))
     divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-    return F.l1_loss(decoded, pixels) + EDGE_WEIGHT * edges + KL_WEIGHT * divergence
+    return error + EDGE_WEIGHT * edges + KL_WEIGHT * divergence
