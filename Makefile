@@ -68,7 +68,7 @@ golden: $(STAMP) ## Record the golden files again (read the diff before you comm
 	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 bench: $(STAMP) ## Run benchmarks/denoise.py
-	@$(BIN)/python benchmarks/denoise.py $(ARGS)
+	@$(BIN)/python -m benchmarks.denoise $(ARGS)
 
 train: $(STAMP) ## Train the small video model (resumes from its checkpoints; STAGES='unet export')
 	@for stage in $(STAGES); do $(BIN)/python -m examples.small_model.train $$stage $(ARGS); done

@@ -1,5 +1,4 @@
-"""What the benchmarks share: interleaved timing, ratios pair by pair, goals, and results without host names or"
-" paths."""
+"""What the benchmarks share: interleaved timing, ratios pair by pair, goals, results that name no host or path."""
 
 from __future__ import annotations
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -170,13 +170,9 @@ def fake_models(dtype: torch.dtype) -> Iterator[None]:
 
 def tensor_bytes(tree: object) -> tuple[int, int]:
     """Number and bytes of the distinct storages behind the tensors of a tree."""
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves if _holds(leaf)}
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in tensors}
     return len(storages), sum(storages.values())
-
-
-def _holds(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor)
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

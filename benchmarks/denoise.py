@@ -55,15 +55,17 @@ class Setting:
 
     Attributes:
         channels, heads: of the U-Net's levels; the default has 62 million parameters.
+        layers: residual blocks of a level.
         context: width of the image embedding.
         frames, size: of the latent video; the batch is 2, for guidance.
         steps, interval: of the denoising loops.
-        cycles: how often each kind of step is timed; a cycle is one eager step, one full and `interval - 1` reuse steps.
+        cycles: how often steps are timed; a cycle is one eager step, one full one and `interval - 1` reuse steps.
         rounds: how often each kind of loop is timed.
     """
 
     channels: tuple[int, ...] = (64, 128, 256, 256)
     heads: tuple[int, ...] = (2, 4, 8, 8)
+    layers: int = 2
     context: int = 256
     frames: int = 8
     size: int = 32
@@ -123,10 +125,14 @@ class Video:
 
 def build_unet(setting: Setting) -> UNetSpatioTemporalConditionModel:
     """A U-Net with SVD's blocks and random weights, none of them zero."""
+    inner = len(setting.channels) - 1
     unet = UNetSpatioTemporalConditionModel(
         sample_size=setting.size,
         num_frames=setting.frames,
         block_out_channels=setting.channels,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * inner + ("DownBlockSpatioTemporal",),
+        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * inner,
+        layers_per_block=setting.layers,
         num_attention_heads=setting.heads,
         cross_attention_dim=setting.context,
     )

@@ -17,6 +17,7 @@ if not __package__:  # run as a script
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns as it is imported, if torchvision is not there
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 import typer
@@ -97,7 +98,13 @@ class Stopwatch:
         """Generate once more, metered, and sum up."""
         with Meter() as meter:
             self.run("counting bytes and FLOPs", meter, *observers)
-        return Variant(frames, tuple(clock.seconds for clock in self.clocks), meter.peak_bytes, meter.flops)
+        return Variant(
+            frames=frames,
+            runs=tuple(clock.seconds for clock in self.clocks),
+            cores=float(np.mean([clock.cores for clock in self.clocks])),
+            peak_bytes=meter.peak_bytes,
+            flops=meter.flops,
+        )
 
 
 def load(folder: Path) -> StableVideoDiffusionPipeline:
@@ -208,7 +215,7 @@ def run(options: Options, console: Console) -> Comparison:
     clip = heldout_clip(options.clip)
     request = Request(first_frame(clip), options.steps, options.seed, FPS, clip.motion_bucket_id)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         comparison = compare(pipe, policy, request, options.repeats, Ticker(progress))
     write_report(comparison, options.out)
     write_videos(comparison, options.out, FPS)
@@ -238,6 +245,8 @@ def main(
     console = Console()
     for grid in grids(comparison):
         console.print(grid.to_rich())
+    for note in comparison.notes():
+        console.print(f"[bold]note:[/bold] {note}")
     console.print(f"Results are in {out}; begin with {out / 'side_by_side.gif'}.")
 
 

@@ -16,14 +16,20 @@ from lightcache_fx.plan import format_bytes
 
 DATA_RANGE = 1.0
 """Of the frames that PSNR and SSIM compare."""
+BUSY_CORES = 0.85
+"""A generation that has the machine to itself keeps at least this many cores at work."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One pipeline's part: frames, the seconds of every timed run, the metered run's bytes and FLOPs; all by stage."""
+    """One pipeline's part: frames, the seconds of every timed run, the metered run's bytes and FLOPs; all by stage.
+
+    `cores` is how many were at work on average in the timed runs.
+    """
 
     frames: Frames
     runs: tuple[dict[str, float], ...]
+    cores: float
     peak_bytes: dict[str, int]
     flops: dict[str, int]
 
@@ -94,6 +100,14 @@ class Comparison:
         """Plain over accelerated FLOPs, as counted: the speed-up where time goes by FLOPs alone."""
         return self.plain.total_flops[stage] / self.accelerated.total_flops[stage]
 
+    def notes(self) -> list[str]:
+        """What a reader should know before trusting the figures."""
+        cores = min(self.plain.cores, self.accelerated.cores)
+        if cores >= BUSY_CORES:
+            return []
+        busy = f"other programs kept the processor busy (this one had {cores:.2f} cores on average)"
+        return [f"{busy}: seconds and speed-ups are not to be trusted, run it again on an idle machine"]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, valid JSON."""
         caching, quality = self.caching, self.quality
@@ -102,6 +116,8 @@ class Comparison:
             "settings": self.settings,
             "seconds": {name: variant.seconds for name, variant in variants.items()},
             "runs_seconds": {name: list(variant.runs) for name, variant in variants.items()},
+            "cores": {name: variant.cores for name, variant in variants.items()},
+            "notes": self.notes(),
             "capture_seconds": caching.capture_seconds,
             "speedup": {"pipeline": self.speedup("total"), "denoise": self.speedup("denoise")},
             "flop_bound_speedup": {
@@ -203,5 +219,6 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     text = json.dumps(comparison.as_dict(), indent=2, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     markdown = "\n\n".join(grid.to_markdown() for grid in grids(comparison))
-    (folder / "report.md").write_text(markdown + "\n", encoding="utf-8")
+    notes = "".join(f"\n\nNote: {note}." for note in comparison.notes())
+    (folder / "report.md").write_text(markdown + notes + "\n", encoding="utf-8")
     np.savez(folder / "frames.npz", plain=comparison.plain.frames, accelerated=comparison.accelerated.frames)

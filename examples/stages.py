@@ -83,11 +83,13 @@ def generate(pipe: StableVideoDiffusionPipeline, request: Request, observers: Se
 
 
 class Clock:
-    """Wall-clock seconds of each stage and of each denoising step."""
+    """Wall-clock seconds of each stage and of each denoising step, and the mean number of cores that were at work."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.step_seconds: list[float] = []
+        self.cores = 0.0
+        self._cpu_began = 0.0
         self._stage = "done"
         self._since = self._step_since = 0.0
 
@@ -96,6 +98,10 @@ class Clock:
         now = time.perf_counter()
         if self._stage != "done":
             self.seconds[self._stage] = now - self._since
+        else:
+            self._cpu_began = time.process_time()
+        if name == "done":
+            self.cores = (time.process_time() - self._cpu_began) / sum(self.seconds.values())
         self._stage, self._since, self._step_since = name, now, now
 
     def step(self, _pipe: StableVideoDiffusionPipeline) -> None:

@@ -370,7 +370,7 @@ def _finish(flat: _FlatCall, traced: _Traced, *, route: str, verified: bool) -> 
             continue
         else:
             new = graph.node_copy(node, mapping.__getitem__)
-            new.meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
+            new.meta = {key: node.meta[key] for key in ("val", "stack_trace", "lightcache_flops") if key in node.meta}
             new.meta["nn_module_stack"] = _strip_wrapper(node.meta.get("nn_module_stack") or {})
         mapping[node] = new
     graph.output(returned)

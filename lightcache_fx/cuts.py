@@ -168,7 +168,7 @@ def residual_streams(
     """
     found = marked_nodes(facts.graph, facts.marks)
     label = f"Residual(first={first!r}, last={last!r})"
-    entries = [n for m, n in found.items() if m.path == first and m.side == "in" and facts.rates[n] == "latent"]
+    entries = [n for m, n in found.items() if m.path == first and m.side == "in"]
     exits = [n for m, n in found.items() if m.path == last and m.side == "out" and changes_within_run(facts.rates[n])]
     if not entries or not exits:
         raise CutError(f"{label}: no stream that changes with the latent enters {first!r} and leaves {last!r}")
@@ -178,6 +178,8 @@ def residual_streams(
         alike = [e for e in entries if e in before and _type_of(e) == _type_of(node)]
         summed = [e for e in alike if e in _addends(node)]
         fitting = summed if proven else summed or alike
+        if len(fitting) > 1:  # a position embedding is added too; the stream is what changes with the latent
+            fitting = [e for e in fitting if facts.rates[e] == "latent"] or fitting
         if len(fitting) != 1:
             names = ", ".join(map(describe, fitting)) or "none"
             raise CutError(

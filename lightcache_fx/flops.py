@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightcache_fx.graphs import calls, is_view
+from lightcache_fx.graphs import calls, concrete_size, is_view
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class _Counter:
 
     @staticmethod
     def _count(target: OpOverload, flat: Iterable[object], spec: pytree.TreeSpec) -> int:
-        leaves = [_twin(x) if isinstance(x, torch.Tensor) else x for x in flat]
+        leaves = [_twin(x) if isinstance(x, torch.Tensor | torch.SymInt) else x for x in flat]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         try:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -67,8 +67,11 @@ class _Counter:
         return int(counter.get_total_flops())
 
 
-def _twin(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _twin(value: torch.Tensor | torch.SymInt) -> torch.Tensor | int:
+    if isinstance(value, torch.SymInt):
+        return concrete_size(value)
+    tensor = value
+    return torch.empty([concrete_size(size) for size in tensor.shape], dtype=tensor.dtype, device="meta")
 
 
 def _body(node: fx.Node) -> fx.GraphModule | None:
@@ -78,5 +81,5 @@ def _body(node: fx.Node) -> fx.GraphModule | None:
 
 def _type_key(value: object) -> Hashable:
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), tuple(value.stride()), value.dtype, value.device
+        return tuple(map(concrete_size, value.shape)), value.dtype
     return (type(value), str(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from lightcache_fx.policy import Rate
+
+_UNBOUNDED = 2**40
 
 InputKind = Literal["weight", "constant", "user", "slot", "hoisted"]
 
@@ -63,7 +67,21 @@ def tensors_of(node: fx.Node) -> list[torch.Tensor]:
 
 def num_bytes(node: fx.Node) -> int:
     """Bytes of a node's own elements, whatever its storage is."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(node))
+    return sum(num_elements(tensor) * tensor.element_size() for tensor in tensors_of(node))
+
+
+def num_elements(tensor: torch.Tensor) -> int:
+    """Elements of a (fake) tensor; sizes that depend on data count with their upper bound."""
+    return math.prod(map(concrete_size, tensor.shape))
+
+
+def concrete_size(size: int | torch.SymInt) -> int:
+    """A size as a number: a symbolic one by its upper bound, or 1 where it has none."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    upper = bound_sympy(node.expr, node.shape_env.var_to_range).upper
+    return int(upper) if upper.is_number and upper < _UNBOUNDED else 1
 
 
 def describe(node: fx.Node) -> str:

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from lightcache_fx.cuts import GraphFacts
-from lightcache_fx.graphs import ancestors, is_view, num_bytes, storage_root
+from lightcache_fx.graphs import ancestors, is_view, num_bytes, num_elements, storage_root, tensors_of
+from lightcache_fx.marks import MARK
 from lightcache_fx.rates import changes_within_run
 
 MIN_BYTES = 16 * 2**20
@@ -89,10 +90,9 @@ def plan_hoisting(facts: GraphFacts, max_bytes: int | None) -> HoistPlan:
 
 
 def _work(node: fx.Node, facts: GraphFacts) -> int:
-    if node.op == "placeholder" or is_view(node):
+    if node.op == "placeholder" or node.target is MARK or is_view(node):
         return 0
-    value = node.meta.get("val")
-    elements = value.numel() if isinstance(value, torch.Tensor) else 0
+    elements = sum(num_elements(tensor) for tensor in tensors_of(node))
     return facts.flops.get(node, 0) + _POINTWISE_WORK * elements
 
 
@@ -109,7 +109,12 @@ def _smallest_form(node: fx.Node) -> fx.Node:
     return node
 
 
-_REPETITIONS = {torch.ops.aten.repeat.default, torch.ops.aten.repeat_interleave.self_int, torch.ops.aten.clone.default}
+_REPETITIONS = {
+    MARK,
+    torch.ops.aten.repeat.default,
+    torch.ops.aten.repeat_interleave.self_int,
+    torch.ops.aten.clone.default,
+}
 
 
 def _holdable(node: fx.Node) -> bool:

@@ -7,9 +7,11 @@ caches).
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,28 +35,46 @@ class ModuleState:
     """
 
     key: Hashable
-    _contents: list[tuple[Container, Container, tuple[int, ...]]] = field(repr=False)
+    _contents: list[tuple[Container, Container]] = field(repr=False)
     _empty: list[Container] = field(repr=False)
     _weights: list[torch.Tensor] = field(repr=False)
-    _weight_types: tuple[object, ...] = field(repr=False)
+    _weight_types: list[object] = field(repr=False)
+    # The contents of all dicts one after the other: comparing two long lists is what makes `unchanged` quick.
+    _dicts: list[dict[Any, Any]] = field(repr=False)
+    _lengths: list[int] = field(repr=False)
+    _keys: list[Any] = field(repr=False)
+    _values: list[Any] = field(repr=False)
 
     @classmethod
     def take(cls, module: nn.Module) -> ModuleState:
         """Walk the module tree, its attributes, and the plain objects and containers that these hold."""
         walk = _Walk()
         walk.module("", module)
-        contents = [(c, c.copy(), _identities(c)) for c in walk.containers if c]
-        empty = [c for c in walk.containers if not c]
-        types_ = tuple(map(_weight_type, walk.weights))
-        return cls((tuple(walk.key), types_), contents, empty, walk.weights, types_)
+        dicts = [c for c in walk.containers if c and isinstance(c, dict)]
+        types_ = list(map(_weight_type, walk.weights))
+        return cls(
+            key=_Key((tuple(walk.key), tuple(types_))),
+            _contents=[(c, c.copy()) for c in walk.containers if c],
+            _empty=[c for c in walk.containers if not c],
+            _weights=walk.weights,
+            _weight_types=types_,
+            _dicts=dicts,
+            _lengths=list(map(len, dicts)),
+            _keys=list(chain.from_iterable(dicts)),
+            _values=list(chain.from_iterable(map(dict.values, dicts))),
+        )
 
     def unchanged(self) -> bool:
         """Whether nothing has been assigned, added or removed since: a quick test by identity, with false alarms."""
-        if any(map(len, self._empty)):
+        if any(self._empty) or list(map(len, self._dicts)) != self._lengths:
             return False
-        if any(_identities(container) != identities for container, _, identities in self._contents):
+        if not all(map(operator.is_, chain.from_iterable(self._dicts), self._keys)):
             return False
-        return tuple(map(_weight_type, self._weights)) == self._weight_types
+        if not all(map(operator.is_, chain.from_iterable(map(dict.values, self._dicts)), self._values)):
+            return False
+        if not all(_same_items(*pair) for pair in self._contents if not isinstance(pair[0], dict)):
+            return False
+        return list(map(_weight_type, self._weights)) == self._weight_types
 
     def restore(self) -> int:
         """Put back every attribute and container as it was; returns how many had changed."""
@@ -62,8 +82,8 @@ class ModuleState:
         for container in self._empty:
             changed += bool(container)
             container.clear()
-        for container, copy, identities in self._contents:
-            if _identities(container) != identities:
+        for container, copy in self._contents:
+            if not _same_items(container, copy):
                 changed += 1
                 _refill(container, copy)
         return changed
@@ -133,14 +153,32 @@ class _Walk:
                 yield "", id(value)
 
 
-def _identities(container: Container) -> tuple[int, ...]:
-    if isinstance(container, dict):
-        return (*map(id, container), *map(id, container.values()))
-    return tuple(map(id, container))
+class _Key:
+    """A long key whose hash is computed once."""
+
+    def __init__(self, content: tuple[Hashable, ...]) -> None:
+        self._content = content
+        self._hash = hash(content)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, _Key) and self._hash == other._hash and self._content == other._content
 
 
-def _weight_type(weight: torch.Tensor) -> tuple[object, ...]:
-    return weight.dtype, weight.device, weight.shape
+_weight_type = operator.attrgetter("dtype", "device", "shape")
+
+
+def _same_items(a: Container, b: Container) -> bool:
+    """Whether two containers hold the very same objects under the same keys, in the same order."""
+    if len(a) != len(b) or not all(map(operator.is_, a, b)):
+        return False
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(map(operator.is_, a.values(), b.values()))
+    return True
 
 
 def _refill(container: Container, content: Container) -> None:

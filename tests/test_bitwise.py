@@ -12,15 +12,18 @@ from zoo import ZOO
 
 CALLS = [(0, 0), (1, 2), (2, 4)]  # (seed, step); the first one is captured
 BOTH_RETURN_TYPES = ["svd", "animatediff", "flux", "cogvideox", "dit"]
-# bfloat16 of a U-Net is slow on a CPU and differs from float32 in the operators' dtypes only.
-SLOW_IN_BFLOAT16 = {"sdxl", "i2vgenxl", "modelscope"}
+# In bfloat16 the quick selection takes the video models that the project is for and the named transformers.
+QUICK_IN_BFLOAT16 = {
+    *("sd", "svd", "animatediff"),
+    *("easyanimate", "wan", "cogvideox", "flux", "sd3", "ltx", "hunyuanvideo", "mochi", "latte", "pixart"),
+}
 
 
 def _cases() -> list[object]:
     cases = []
     for name in ZOO:
         cases.append(pytest.param(name, torch.float32, id=f"{name}-float32"))
-        marks = [pytest.mark.slow] if name in SLOW_IN_BFLOAT16 else []
+        marks = [] if name in QUICK_IN_BFLOAT16 else [pytest.mark.slow]
         cases.append(pytest.param(name, torch.bfloat16, id=f"{name}-bfloat16", marks=marks))
     return cases
 

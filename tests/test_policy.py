@@ -170,7 +170,10 @@ CACHE_MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"cut": 0, "intervall": 3},
         f"Cache: unknown key 'intervall'; did you mean 'interval'? allowed keys: {CACHE_KEYS}",
     ),
-    ({"cut": {"auto": {"max_kept_bytes": "lots"}}, "interval": 2}, f"Cache: cut: Auto: max_kept_bytes: {BYTES}, got 'lots'"),
+    (
+        {"cut": {"auto": {"max_kept_bytes": "lots"}}, "interval": 2},
+        f"Cache: cut: Auto: max_kept_bytes: {BYTES}, got 'lots'",
+    ),
 ]  # fmt: skip
 
 
@@ -189,7 +192,10 @@ CACHE_WORDING: list[tuple[dict[str, Any], str]] = [
     ({"cut": ["a", 3], "interval": 2}, f"Cache: cut: {CUTS}, got ['a', 3]"),
     ({"cut": ["a", "b", "a"], "interval": 2}, "Cache: cut: names 'a' twice; name each module once"),
     ({"cut": 0}, "Cache: expected exactly one of interval, steps, mask; got none"),
-    ({"cut": 0, "interval": 2, "steps": [0]}, "Cache: expected exactly one of interval, steps, mask; got interval and steps"),
+    (
+        {"cut": 0, "interval": 2, "steps": [0]},
+        "Cache: expected exactly one of interval, steps, mask; got interval and steps",
+    ),
     ({"cut": 0, "mask": [False, True]}, "Cache: mask must begin with True: the first step has nothing to reuse"),
     ({"cut": 0, "mask": []}, "Cache: mask must begin with True: the first step has nothing to reuse"),
     ({"cut": 0, "steps": [1, 2]}, "Cache: steps must begin with step 0, which has nothing to reuse; got [1, 2]"),
@@ -235,10 +241,15 @@ POLICY_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"max_signatures": 0}, "Policy: max_signatures: Input should be greater than or equal to 1, got 0"),
     (
         {"hoist": 1, "max_signatures": 0},
-        "Policy: hoist: Input should be a valid boolean, got 1;"
-        " max_signatures: Input should be greater than or equal to 1, got 0",
+        (
+            "Policy: hoist: Input should be a valid boolean, got 1;"
+            " max_signatures: Input should be greater than or equal to 1, got 0"
+        ),
     ),
-    ({"cache": {"cut": 0, "interval": 0}}, "Policy: cache: Cache: interval: Input should be greater than or equal to 1, got 0"),
+    (
+        {"cache": {"cut": 0, "interval": 0}},
+        "Policy: cache: Cache: interval: Input should be greater than or equal to 1, got 0",
+    ),
 ]  # fmt: skip
 
 
@@ -251,7 +262,10 @@ def test_policy_mistakes(given: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rates": {"mask": "never"}}, "Policy: rates.mask: Input should be 'const', 'run', 'step' or 'latent', got 'never'"),
+        (
+            {"rates": {"mask": "never"}},
+            "Policy: rates.mask: Input should be 'const', 'run', 'step' or 'latent', got 'never'",
+        ),
         ({"cache": 3}, "Policy: cache: expected a Cache, or a mapping with the keys " + CACHE_KEYS + ", got 3"),
         ({"foo": 1}, f"Policy: unknown key 'foo'; allowed keys: {POLICY_KEYS}"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import lightcache_fx as lc
 from lightcache_fx.runs import MarkedRun, Position, RunTracker
 from oracle import HookOracle, assert_bitwise, plain_step
 from toys import Denoiser, Watched, latent, prompt
-from zoo import ZOO
+from zoo import randomize
 
 TIMES = [981, 884, 787, 690, 593, 496, 399]
 EVERY_3RD = ["full", "reuse", "reuse", "full", "reuse", "reuse", "full"]
@@ -241,6 +242,7 @@ def _loop(
     return kinds
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # KDPM2 of diffusers
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("passes", [1, 2])
 def test_scheduler_loops(name: str, passes: int) -> None:
@@ -249,7 +251,12 @@ def test_scheduler_loops(name: str, passes: int) -> None:
     conditionings = [prompt(seed) for seed in range(passes)]
     for _ in range(2):
         for kinds in _loop(model, SCHEDULERS[name](), 8, conditionings):
-            assert kinds == ["full" if step % 3 == 0 else "reuse" for step in range(len(kinds))]
+            expected = ["full" if step % 3 == 0 else "reuse" for step in range(len(kinds))]
+            if (
+                name == "KDPM2Ancestral"
+            ):  # only its last timestep, 0, comes twice: that might be anything, so it is full
+                expected[-1] = "full"
+            assert kinds == expected
 
 
 @pytest.mark.parametrize("name", ["Heun", "PNDM", "Euler"])
@@ -398,7 +405,7 @@ def test_another_prompt_in_mid_schedule_is_not_answered_with_the_old_ones_featur
 
 
 @pytest.mark.parametrize(
-    "start", [pytest.param(787, marks=JUMPS), pytest.param(600, marks=JUMPS), 300], ids=["787", "600", "300"]
+    "start", [pytest.param(700, marks=JUMPS), pytest.param(600, marks=JUMPS), 300], ids=["700", "600", "300"]
 )
 def test_equal_conditioning_made_anew_in_mid_schedule_may_be_a_new_run(start: int) -> None:
     """Within the run the prompt was one tensor; an equal one that is another tensor comes from elsewhere."""
@@ -481,9 +488,12 @@ def test_two_marked_pipelines_interleaved_do_not_mix() -> None:
         return kind
 
     contexts = [contextvars.copy_context() for _ in range(2)]
-    runs = [context.run(lambda: lc.marked_run().__enter__()) for context in contexts]
+    managers = [lc.marked_run() for _ in contexts]
+    runs = [context.run(manager.__enter__) for context, manager in zip(contexts, managers, strict=True)]
     assert runs[0].number != runs[1].number
     kinds = [context.run(one_step, seed, step) for step in range(4) for seed, context in enumerate(contexts)]
+    for context, manager in zip(contexts, managers, strict=True):
+        context.run(manager.__exit__, None, None, None)
     assert kinds == ["full"] * 8  # the tracker holds one marked run at a time
 
 
@@ -613,8 +623,8 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
     "data in place": lambda m: m.middle.embed[0].weight.data.mul_(2),
     "load_state_dict": lambda m: m.load_state_dict(Denoiser(seed=5).state_dict()),
     "load_state_dict(assign=True)": lambda m: m.load_state_dict(Denoiser(seed=5).state_dict(), assign=True),
-    "another parameter": lambda m: setattr(m.middle.embed[0], "weight", nn.Parameter(torch.ones(32, 3), requires_grad=False)),
-    "another module": lambda m: setattr(m, "inner", nn.Sequential(nn.Linear(4, 8), nn.Tanh()).eval().requires_grad_(False)),
+    "another parameter": lambda m: setattr(m.middle.embed[0], "weight", nn.Parameter(torch.ones(32, 3))),
+    "another module": lambda m: setattr(m, "inner", nn.Sequential(nn.Linear(4, 8), nn.Tanh()).eval()),
     "activation": lambda m: setattr(m.middle.embed, "1", nn.GELU()),
     "attribute": lambda m: setattr(m.outer, "forward", lambda x: nn.functional.linear(x, m.outer.weight)),
     "hook": lambda m: m.middle.register_forward_hook(lambda module, args, output: output * 2),
@@ -726,46 +736,50 @@ def test_deepcopy_is_transformed_and_apart() -> None:
 
 @pytest.fixture
 def unet() -> tuple[Watched, dict[str, Any]]:
-    model, make_inputs = ZOO["sd"].build()
-    return Watched(model, lc.Policy.deepcache(2, 0)), make_inputs(0)
+    """The smallest Stable Diffusion U-Net that has attention, a skip connection to keep and what FreeU changes."""
+    model = diffusers.UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(4, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type=None, norm_num_groups=2, cross_attention_dim=4, attention_head_dim=2,
+    )  # fmt: skip
+    randomize(model)
+    model.eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "sample": torch.randn(1, 4, 4, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 3, 4, generator=generator),
+        "timestep": torch.tensor(900),
+        "return_dict": False,
+    }
+    return Watched(model, lc.Policy.deepcache(2, 0)), inputs
 
 
-def _three_steps(model: Watched, inputs: dict[str, Any]) -> list[str]:
-    kinds = []
-    for step in range(3):
-        model.output = None
-        before = model.counts
-        found = plain_step(model.transformed, **{**inputs, "timestep": torch.tensor(900 - 100 * step)})
-        kind = "full" if model.counts.get("full", 0) > before.get("full", 0) else "reuse"
-        if kind == "full":
-            assert_bitwise(found, plain_step(model.model, **{**inputs, "timestep": torch.tensor(900 - 100 * step)}))
-        kinds.append(kind)
-    return kinds
+def _two_steps(model: Watched, inputs: dict[str, Any]) -> torch.Tensor:
+    """A full step, which must equal eager, and a reuse step; returns what the full one did."""
+    before = model.counts
+    found = plain_step(model.transformed, **inputs)
+    assert_bitwise(found, plain_step(model.model, **inputs))
+    plain_step(model.transformed, **{**inputs, "timestep": torch.tensor(800)})
+    assert [model.counts.get(k, 0) - before.get(k, 0) for k in ("full", "reuse")] == [1, 1]
+    return found[0]
 
 
-def test_lora_injected_rescaled_fused_and_deleted(unet: tuple[Watched, dict[str, Any]]) -> None:
+def test_lora_injected_rescaled_switched_off_and_fused(unet: tuple[Watched, dict[str, Any]]) -> None:
     from peft import LoraConfig
 
     model, inputs = unet
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
+    seen = [_two_steps(model, inputs)]
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
     model.transformed.add_adapter(config, adapter_name="style")
-    seen = [plain_step(model.model, **inputs)[0]]
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
+    seen.append(_two_steps(model, inputs))
     model.transformed.set_adapters(["style"], weights=[0.25])
-    seen.append(plain_step(model.model, **inputs)[0])
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
+    seen.append(_two_steps(model, inputs))
     model.transformed.disable_adapters()
-    seen.append(plain_step(model.model, **inputs)[0])
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
+    assert torch.equal(_two_steps(model, inputs), seen[0])
     model.transformed.enable_adapters()
     model.transformed.fuse_lora(lora_scale=0.5)
-    seen.append(plain_step(model.model, **inputs)[0])
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
-    model.transformed.unfuse_lora()
-    model.transformed.delete_adapters("style")
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
-    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)), "an edit did nothing"
+    seen.append(_two_steps(model, inputs))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen)), "an edit did nothing"
 
 
 def test_attention_processors_and_freeu(unet: tuple[Watched, dict[str, Any]]) -> None:
@@ -776,16 +790,13 @@ def test_attention_processors_and_freeu(unet: tuple[Watched, dict[str, Any]]) ->
             return super().__call__(*args, **kwargs) * 2
 
     model, inputs = unet
-    plain = plain_step(model.model, **inputs)[0]
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
+    seen = [_two_steps(model, inputs)]
     model.transformed.set_attn_processor(Doubling())
-    assert not torch.equal(plain, plain_step(model.model, **inputs)[0])
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
-    model.transformed.set_default_attn_processor()
+    seen.append(_two_steps(model, inputs))
     model.transformed.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
-    assert not torch.equal(plain, plain_step(model.model, **inputs)[0])
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
+    seen.append(_two_steps(model, inputs))
     model.transformed.enable_freeu(s1=0.5, s2=0.2, b1=1.3, b2=1.4)
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
+    seen.append(_two_steps(model, inputs))
     model.transformed.disable_freeu()
-    assert _three_steps(model, inputs) == ["full", "reuse", "full"]
+    assert torch.equal(_two_steps(model, inputs), seen[1])
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen)), "an edit did nothing"

@@ -15,6 +15,10 @@ sys.path.insert(0, str(ROOT))
 from examples.small_model import config, data, losses, sample, sprites, train  # noqa: E402
 from examples.small_model.fit import FitOptions, Run, fit  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"  # diffusers' scheduler, numpy 2
+)
+
 MAX_MODEL_BYTES = 12_000_000
 TINY = config.ModelConfig(
     latent_channels=4, vae_channels=(32, 32, 32), unet_channels=(32, 32), embedding_dim=32, clip_patch=56

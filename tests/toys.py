@@ -13,7 +13,7 @@ import lightcache_fx as lc
 class Denoiser(nn.Module):
     """Three layers and a skip: `skip = inner(x)`, `up = middle(skip, t, prompt)`, `outer([up, skip])`.
 
-    Shapes: sample (B, 4), timestep () or (B,), encoder_hidden_states (B, 3) -> (B, 4). Cut 0 keeps what `middle` returns.
+    Shapes: sample (B, 4), timestep () or (B,), encoder_hidden_states (B, 3) -> (B, 4). Cut 0 keeps the result of `middle`.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -47,7 +47,7 @@ class Middle(nn.Module):
         self, hidden: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> torch.Tensor:
         phase = torch.sin(torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1) / 100)
-        return self.layer(torch.tanh(hidden * phase + self.embed(encoder_hidden_states)))
+        return self.layer(torch.tanh(hidden * phase.to(hidden.dtype) + self.embed(encoder_hidden_states)))
 
 
 def latent(seed: int, batch: int = 2) -> torch.Tensor:

@@ -38,7 +38,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 def load_pipeline(folder: Path = MODEL_FOLDER) -> StableVideoDiffusionPipeline:
     """Load the shipped pipeline in float32, its progress bar off."""
-    pipeline = StableVideoDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableVideoDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -59,6 +59,9 @@ def generate(
     """Return the generated clip as uint8 (frames, 3, height, width)."""
     frames = pipeline(
         first_frame(spec),
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
+        num_frames=NUM_FRAMES,
         fps=FPS,
         motion_bucket_id=spec.motion_bucket_id,
         num_inference_steps=steps,
@@ -162,9 +165,9 @@ def main(
     target: Annotated[Path, typer.Option(help="Where the pictures and figures go.")] = DOCS,
     logs: Annotated[Path, typer.Option(help="Training folder, for the loss curves.")] = Path("runs/small_model"),
     steps: int = 25,
-    max_guidance_scale: float = 3.0,
-    rows: int = 8,
-    measured_clips: int = 32,
+    max_guidance_scale: float = 1.5,
+    rows: int = 6,
+    measured_clips: int = 12,
     threads: int = 1,
 ) -> None:
     """Write `samples.png`, `losses.png` and `figures.json`."""

@@ -19,7 +19,7 @@ from examples.small_model.fit import FitOptions, Run, fit
 from examples.small_model.sprites import NUM_FRAMES
 
 NUM_TRAINING_CLIPS = 4096
-NUM_LATENT_CLIPS = 2048
+NUM_LATENT_CLIPS = 1536
 """How many of them are encoded for the U-Net."""
 NUM_HELDOUT_CLIPS = 64
 BATCH_CLIPS = 4
