@@ -1,7 +1,7 @@
 """Component configurations of the small Stable-Video-Diffusion-shaped pipeline.
 
-32 x 32 pixels become 8 x 8 latents of 8 channels; 8 frames. The U-Net has the block types of the real one, attention at
-its first level and three levels, so that every DeepCache branch id of the real one's first two levels exists.
+32 x 32 pixels become 8 x 8 latents of 8 channels; 8 frames. The U-Net has the block types of the real one, three levels
+instead of four, attention at the first level only, and the real one's two layers a block.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ def train_vae(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 1,
-    steps: int = 800,
-    decay_steps: int = 300,
+    steps: int = 1050,
+    decay_steps: int = 200,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
 ) -> None:
@@ -144,8 +144,8 @@ def train_decoder(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 1,
-    steps: int = 1200,
-    decay_steps: int = 300,
+    steps: int = 650,
+    decay_steps: int = 200,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
 ) -> None:
@@ -166,8 +166,8 @@ def train_unet(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 1,
-    steps: int = 3000,
-    decay_steps: int = 500,
+    steps: int = 1550,
+    decay_steps: int = 350,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
 ) -> None:
