@@ -38,7 +38,7 @@ class ModuleState:
     _contents: list[tuple[Container, Container]] = field(repr=False)
     _empty: list[Container] = field(repr=False)
     _weights: list[torch.Tensor] = field(repr=False)
-    _weight_types: list[tuple[object, ...]] = field(repr=False)
+    _weight_types: list[Any] = field(repr=False)
     # The contents of all dicts one after the other: comparing two long lists is what makes `unchanged` quick.
     _dicts: list[dict[Any, Any]] = field(repr=False)
     _lengths: list[int] = field(repr=False)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightcache_fx.calls import default_rate
 from lightcache_fx.errors import ArgumentError, TransformError, nearest
-from lightcache_fx.module import TransformedModule, restore_module, runtime_of, transform
+from lightcache_fx.module import restore_module, transform
 from lightcache_fx.policy import Policy
 from lightcache_fx.runs import current_run, marked_run, step_done
 from lightcache_fx.views import second_view
@@ -128,13 +128,7 @@ def _pipeline_mixin(cls: type) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - a method made outside its class
         _mark_scheduler(self)
         with marked_run():
-            try:
-                return original_call(self, *args, **kwargs)
-            finally:
-                for name in self._lightcache.components:
-                    module = getattr(self, name)
-                    if isinstance(module, TransformedModule):
-                        runtime_of(module).tracker.reset()
+            return original_call(self, *args, **kwargs)
 
     return type("TransformedPipeline", (TransformedPipeline,), {"__slots__": (), "__call__": __call__})
 

@@ -41,9 +41,21 @@ class MarkedRun:
     step: int = -1
     num_steps: int | None = None
     _epoch_of_step: int = -1
+    _holders: list[RunTracker] = field(default_factory=list)
+
+    def free_state_of(self, tracker: RunTracker) -> None:
+        """Let the tracker forget its state when the last step is done or the run ends, so that decoding has the room."""
+        if tracker not in self._holders:
+            self._holders.append(tracker)
+
+    def close(self) -> None:
+        """Free what the run's models hold."""
+        for tracker in self._holders:
+            tracker.reset()
+        self._holders.clear()
 
     def begin(self, num_steps: int) -> None:
-        """The scheduler has made its timesteps: a run of `num_steps` evaluations begins (again, in some pipelines)."""
+        """The scheduler has made its timesteps: a run of `num_steps` evaluations begins."""
         self.number = next(_run_numbers)
         self.epoch, self.step, self._epoch_of_step = 0, -1, -1
         self.num_steps = num_steps
@@ -64,6 +76,7 @@ def marked_run(num_steps: int | None = None) -> Iterator[MarkedRun]:
     try:
         yield run
     finally:
+        run.close()
         _current.reset(token)
 
 
@@ -82,6 +95,8 @@ def step_done() -> None:
     run = _current.get()
     if run is not None:
         run.epoch += 1
+        if run.num_steps is not None and run.step + 1 >= run.num_steps:
+            run.close()
 
 
 @contextmanager

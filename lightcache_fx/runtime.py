@@ -116,6 +116,7 @@ class Runtime:
         run = current_run()
         if run is not None:
             position = self.tracker.locate_marked(run, group, inputs)
+            run.free_state_of(self.tracker)
         else:
             times = call.of_rate("step")
             if not times:  # nothing tells steps apart, so every call is a run of its own

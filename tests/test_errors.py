@@ -184,10 +184,7 @@ class Odd(nn.Module):
     [
         ("dropped", ["cut='dropped'", "reaches the output", "cut at a module that does"]),
         ("unused", ["cut='unused'", "never called", "cut at its caller"]),
-        pytest.param(
-            "prompt", ["cut='prompt'", "does not change within a run", "saves nothing"],
-            marks=pytest.mark.xfail(reason="once hoisted it is gone, and is said not to reach the output"),
-        ),
+        ("prompt", ["cut='prompt'", "does not change within a run", "saves nothing"]),
         (["a", "dropped"], ["cut='dropped'", "reaches the output"]),
         (
             lc.Residual(first="a", last="b"),

@@ -13,7 +13,7 @@ import lightcache_fx as lc
 class Denoiser(nn.Module):
     """Three layers and a skip: `skip = inner(x)`, `up = middle(skip, t, prompt)`, `outer([up, skip])`.
 
-    Shapes: sample (B, 4), timestep () or (B,), encoder_hidden_states (B, 3) -> (B, 4). Cut 0 keeps the result of `middle`.
+    Shapes: sample (B, 4), timestep () or (B,), encoder_hidden_states (B, 3) -> (B, 4). Cut 0 keeps `middle`.
     """
 
     def __init__(self, seed: int = 0) -> None:
