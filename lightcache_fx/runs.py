@@ -44,7 +44,7 @@ class MarkedRun:
     _holders: list[RunTracker] = field(default_factory=list)
 
     def free_state_of(self, tracker: RunTracker) -> None:
-        """Let the tracker forget its state when the last step is done or the run ends, so that decoding has the room."""
+        """Reset the tracker when the last step is done, or the run ends, so that decoding has the room."""
         if tracker not in self._holders:
             self._holders.append(tracker)
 
