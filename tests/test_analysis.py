@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightcache_fx as lc
@@ -87,9 +88,10 @@ def test_rates_never_fall_along_an_edge(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sd", "svd", "dit", "sd3", "pixart"])
 def test_flops_are_those_of_torchs_counter(name: str) -> None:
+    """In eager with attention spelt out: torch counts the fused attention of CPUs as nothing."""
     given = zoo(name)
     args, kwargs = given.call.layout.rebuild(given.call.tensors)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         given.module(*args, **kwargs)
     assert given.facts.total_flops() == counter.get_total_flops() > 0
 
@@ -137,7 +139,7 @@ def test_the_keys_and_values_of_the_prompt_are_hoisted_from_a_unet() -> None:
     nodes = {node.name: node for node in given.graph_module.graph.nodes}
     makers = {next(iter(reversed(nodes[name].meta["nn_module_stack"].values())))[0] for name in hoisted}
     expected = {path for path, _ in given.module.named_modules() if path.endswith(("attn2.to_k", "attn2.to_v"))}
-    assert makers == expected
+    assert makers - {"time_proj"} == expected  # that one is a table of frequencies
 
 
 @pytest.mark.parametrize("name", ["sd", "pixart"])
@@ -147,8 +149,10 @@ def test_hoisting_is_bitwise_and_lowers_the_step(name: str) -> None:
     args, kwargs = given.call.layout.rebuild(given.call.tensors)
     assert not args or not kwargs
     with torch.no_grad():
+        make_inputs = ZOO[name].build()[1]
         for seed in range(2):
-            inputs = ZOO[name].build()[1](seed)
+            lc.reset(transformed)
+            inputs = make_inputs(seed)
             assert_bitwise(plain_step(transformed, **inputs), plain_step(given.module, **inputs))
     report = lc.inspect(transformed)
     assert report.plan.hoist.values
@@ -291,7 +295,7 @@ def _meta(tree: Any) -> Any:
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), tree)
 
 
-@pytest.mark.parametrize(("name", "cut"), [("sd", 0), ("dit", "auto"), ("svd", "up_blocks.2.attentions.1")])
+@pytest.mark.parametrize(("name", "cut"), [("dit", "auto"), ("pixart", "transformer_blocks.1"), ("sd", 0)])
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 def test_a_plan_from_no_weights_equals_the_plan_from_real_ones(name: str, cut: Any, kind: str) -> None:
     policy = lc.Policy(cache=lc.Cache(cut=cut, interval=3))
