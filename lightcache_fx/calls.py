@@ -73,6 +73,7 @@ class CallLayout:
     leaves: tuple[InputLeaf, ...]
     positions: tuple[int, ...]
     tensor_types: tuple[TensorType, ...]
+    numbers: tuple[int, ...] = ()  # which leaves were Python numbers before they became tensors
 
     def rebuild(self, tensors: Sequence[object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's `(args, kwargs)` with `tensors` in the tensor places."""
@@ -141,10 +142,12 @@ class CallReader:
         leaves: list[InputLeaf] = []
         tensors: list[torch.Tensor] = []
         positions: list[int] = []
+        as_number: list[int] = []
         for position, (path, leaf) in enumerate(flat):
             parameter, name = self._name_of(path, names)
             rate = self._rate_of(parameter)
             if rate == "step" and not isinstance(leaf, bool) and isinstance(leaf, numbers.Real):
+                as_number.append(len(tensors))
                 leaf = _number_tensor(leaf, device)
             if isinstance(leaf, torch.Tensor):
                 leaves.append(InputLeaf(name, parameter, rate))
@@ -161,7 +164,7 @@ class CallReader:
                 )
         types = tuple(_tensor_type(tensor) for tensor in tensors)
         keys = tuple((p, type(value), repr(value) if isinstance(value, slice) else value) for p, value in constants)
-        layout = CallLayout(spec, tuple(constants), keys, tuple(leaves), tuple(positions), types)
+        layout = CallLayout(spec, tuple(constants), keys, tuple(leaves), tuple(positions), types, tuple(as_number))
         return Call(layout, tuple(tensors))
 
     def _rate_of(self, parameter: str) -> Rate:

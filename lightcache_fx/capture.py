@@ -43,12 +43,14 @@ class Capture:
     """A model's graph for one signature.
 
     Attributes:
-        graph_module: flat ATen graph; each placeholder has a `GraphInput` in `meta["lightcache_input"]`; returns a
-        tuple. constants: tensor constants of the model's code, by name. output_spec: how the returned tensors and
-        `output_constants` make up the model's output. output_constants: the leaves of the output that are no tensors,
-        by position. marks: what each `lightcache::mark` node in the graph stands for, by its tag. route: `export` or
-        `trace`. verified: whether the graph was compared with eager (never for fake tensors). layout: the call that it
-        was captured from.
+        graph_module: flat ATen graph that returns a tuple; placeholders have a `GraphInput` in their metadata.
+        constants: tensor constants of the model's code, by name.
+        output_spec: how the returned tensors and `output_constants` make up the model's output.
+        output_constants: the leaves of the output that are no tensors, by position.
+        marks: what each `lightcache::mark` node in the graph stands for, by its tag.
+        route: `export`, `export with ... opaque` or `trace`.
+        verified: whether the graph was compared with eager (never for fake tensors).
+        layout: the call that it was captured from.
     """
 
     graph_module: fx.GraphModule
@@ -91,7 +93,7 @@ class _FlatCall(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self.layout.rebuild(tensors)
         with marked_modules(self.model, self.marked) as self.record.marks:
-            flat, self.record.spec = pytree.tree_flatten(self.model(*args, **kwargs))
+            flat, self.record.spec = pytree.tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
         found = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         self.record.constants = tuple((i, leaf) for i, leaf in enumerate(flat) if not isinstance(leaf, torch.Tensor))
         for _, value in self.record.constants:
@@ -121,28 +123,33 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
         raise CaptureError(
             f"{type(module).__name__} is in training mode (dropout and batch statistics on); call .eval() first"
         )
-    if any(torch.is_autocast_enabled(kind) for kind in {t.device.type for t in call.tensors} - {"meta"}):
-        raise CaptureError(
-            "torch.autocast is on; lightcache_fx captures one precision: load the model in it and leave autocast"
-        )
+    refuse_autocast(call)
     fake = detect_fake_mode((call.tensors, *module.parameters())) is not None or any(
         tensor.device.type == "meta" for tensor in (*call.tensors, *module.parameters())
     )
     # Inference tensors cannot be versioned or exported, so everything here runs outside inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        tensors = tuple(t.clone() if t.is_inference() else t for t in call.tensors)
-        call = Call(call.layout, tensors)
+        call = Call(call.layout, tuple(_own(call.tensors)))
         before = ModuleState.take(module)
         weights = {name: table[key] for name, (table, key) in weight_slots(module).items()}
+        buffers = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in module.named_buffers()]
         vars(module).pop("forward", None)  # an offload hook around the drop-in, which is what calls us
         try:
             if not fake:
                 _run_eager(module, call)
+            written = [name for name, buffer, version, _ in buffers if buffer._version != version]
+            if written:
+                raise CaptureError(
+                    f"forward of {type(module).__name__} writes to its buffer {written[0]}; a step must be pure"
+                )
             attempt = _Attempt(module, call, tuple(mark), fake, weights)
             captured = (
                 attempt.by("export", _export) or attempt.by_opaque_submodules() or attempt.by("trace", _trace_real)
             )
         finally:
+            for _, buffer, version, content in buffers:
+                if buffer._version != version:
+                    buffer.copy_(content)
             before.restore()
     if captured is not None:
         return captured
@@ -211,9 +218,25 @@ class _Attempt:
         return None
 
 
+def refuse_autocast(call: Call) -> None:
+    """Raise a `CaptureError` where `torch.autocast` is on: a program holds one precision."""
+    if any(torch.is_autocast_enabled(kind) for kind in {t.device.type for t in call.tensors} - {"meta"}):
+        raise CaptureError(
+            "torch.autocast is on; lightcache_fx captures one precision: load the model in it and leave autocast"
+        )
+
+
+def _own(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Tensors that can be traced: versioned, and each argument another one, since tracers know inputs by identity."""
+    seen: set[int] = set()
+    for tensor in tensors:
+        yield tensor.clone() if tensor.is_inference() or id(tensor) in seen else tensor
+        seen.add(id(tensor))
+
+
 def _run_eager(module: nn.Module, call: Call) -> object:
     args, kwargs = call.layout.rebuild(call.tensors)
-    return module(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)  # hooks of the root run around the drop-in
 
 
 @dataclass(frozen=True)
@@ -363,7 +386,7 @@ def _finish(flat: _FlatCall, traced: _Traced, *, route: str, verified: bool) -> 
     for node in source.nodes:
         if node.op == "placeholder":
             binding = bindings[node]
-            new = graph.placeholder(re.sub(r"\W+", "_", binding.name).strip("_") or "input")
+            new = graph.placeholder(_identifier(binding.name))
             new.meta = {"val": node.meta.get("val"), "lightcache_input": binding}
         elif node.op == "output":
             returned = tuple(fx.map_arg(node.args[0], mapping.__getitem__))
@@ -384,6 +407,12 @@ def _finish(flat: _FlatCall, traced: _Traced, *, route: str, verified: bool) -> 
     return Capture(
         graph_module, constants, record.spec, record.constants, tuple(record.marks), route, verified, flat.layout
     )
+
+
+def _identifier(name: str) -> str:
+    """A Python name for a weight or argument: `0.weight` -> `_0_weight`."""
+    plain = re.sub(r"\W+", "_", name).strip("_") or "input"
+    return f"_{plain}" if plain[0].isdigit() else plain
 
 
 def _strip_wrapper(stack: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:

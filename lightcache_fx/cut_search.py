@@ -78,7 +78,13 @@ def _single_values(facts: GraphFacts) -> list[CutChoice]:
         and changes_within_run(facts.rates[node])
     ]
     usable.sort(key=lambda node: (-saved[node], num_bytes(node)))
-    return [measure_cut(facts, describe(node), [(node, None)]) for node in usable[:_NUM_SINGLE]]
+    best = usable[:_NUM_SINGLE]
+    least = min(map(num_bytes, best), default=0)
+    for node in usable[_NUM_SINGLE:]:  # those that save less are of interest only where they keep less
+        if num_bytes(node) < least:
+            best.append(node)
+            least = num_bytes(node)
+    return [measure_cut(facts, describe(node), [(node, None)]) for node in best]
 
 
 def _depths(facts: GraphFacts) -> list[CutChoice]:

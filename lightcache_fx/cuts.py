@@ -120,10 +120,16 @@ def depth_cut(facts: GraphFacts, depth: int) -> CutChoice:
             f" module path, at Residual(first=..., last=...) or with 'auto'"
         )
     if depth >= len(joins):
-        raise CutError(
-            f"cut={depth}: the model has {len(joins)} skip connections, so branch 0 to {len(joins) - 1} exist"
-        )
+        raise CutError(f"cut={depth}: the model has {_skips(len(joins))}")
     return measure_cut(facts, f"branch {depth}", [(joins[depth], None)])
+
+
+def _skips(count: int) -> str:
+    return (
+        f"{count} skip connections, so branch 0 to {count - 1} exist"
+        if count > 1
+        else "1 skip connection, so only branch 0 exists"
+    )
 
 
 def module_cut(facts: GraphFacts, paths: Sequence[str], module: nn.Module) -> CutChoice:

@@ -118,9 +118,14 @@ def is_view(node: fx.Node) -> bool:
 
 def storage_root(node: fx.Node) -> fx.Node:
     """The node whose storage a value may live in: follows views and `getitem` to the first operator that allocates."""
-    while node.op == "call_function" and is_view(node) and isinstance(node.args[0], fx.Node):
+    while node.op == "call_function" and (is_view(node) or is_mark(node)) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def is_mark(node: fx.Node) -> bool:
+    """Whether a node is `lightcache::mark`, which is erased from every program and so shares its argument's storage."""
+    return isinstance(node.target, OpOverload) and node.target.name() == "lightcache::mark"
 
 
 def is_impure(node: fx.Node) -> bool:

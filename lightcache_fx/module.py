@@ -205,6 +205,8 @@ def plan(
         CaptureError, CutError, ScheduleError, ArgumentError: as the transformed module would on its first call.
     """
     _check_module("plan", module)
+    if isinstance(module, TransformedModule):
+        module = module._lightcache.original
     reader = CallReader(type(module).forward, rates=policy.rates, owner=type(module).__name__)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
     return make_plan(capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked), policy, module)

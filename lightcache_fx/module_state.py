@@ -53,7 +53,7 @@ class ModuleState:
         dicts = [c for c in walk.containers if c and isinstance(c, dict)]
         types_ = list(map(_weight_type, walk.weights))
         return cls(
-            key=_Key((tuple(walk.key), tuple(types_))),
+            key=_Key((tuple(walk.key), tuple(types_), _sharing(walk.weights))),
             _contents=[(c, c.copy()) for c in walk.containers if c],
             _empty=[c for c in walk.containers if not c],
             _weights=walk.weights,
@@ -169,11 +169,19 @@ class _Key:
         return isinstance(other, _Key) and self._hash == other._hash and self._content == other._content
 
 
+def _sharing(weights: list[torch.Tensor]) -> tuple[int, ...]:
+    """For each weight the place of the first one that is the same tensor: tied weights are captured as one."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(weight), index) for index, weight in enumerate(weights))
+
+
 _weight_type = operator.attrgetter("dtype", "device", "shape")
 
 
 def _same_items(a: Container, b: Container) -> bool:
     """Whether two containers hold the very same objects under the same keys, in the same order."""
+    if isinstance(a, set):
+        return set(map(id, a)) == set(map(id, b))
     if len(a) != len(b) or not all(map(operator.is_, a, b)):
         return False
     if isinstance(a, dict) and isinstance(b, dict):

@@ -22,6 +22,7 @@ from lightcache_fx.errors import PolicyError, nearest
 Rate = Literal["const", "run", "step", "latent"]
 """How often a value can change: never, once a generation, once a denoising step, or with the latent itself."""
 
+_CUTS = "expected a depth (0, 1, 2, ...), a module path or a list of them, Residual(first=..., last=...) or 'auto'"
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -48,7 +49,7 @@ class _Settings(pydantic.BaseModel):
         try:
             super().__init__(**data)
         except pydantic.ValidationError as error:
-            raise PolicyError(_explain(type(self), error)) from None
+            raise PolicyError(_explain(type(self), error, data)) from None
 
 
 class Residual(_Settings):
@@ -98,14 +99,17 @@ class Cache(_Settings):
     def _read_cut(cls, value: object) -> object:
         if isinstance(value, bool):
             raise ValueError("expected a depth, module path(s), Residual or 'auto', got a bool")
+        if isinstance(value, list | tuple) and len(set(map(repr, value))) < len(value):
+            twice = next(path for path in value if list(value).count(path) > 1)
+            raise ValueError(f"names {twice!r} twice; name each module once")
         if value == "auto":
             return Auto()
         if isinstance(value, str) and not value:
-            raise ValueError("an empty module path; to skip the whole model cut its last block instead")
+            raise ValueError("an empty module path; to skip the whole model cut its last block instead, got ''")
         if isinstance(value, tuple):
             value = list(value)
         if isinstance(value, list) and not value:
-            raise ValueError("an empty list of module paths; leave `cache` out for a lossless policy")
+            raise ValueError("an empty list of module paths; leave `cache` out for a lossless policy, got []")
         if isinstance(value, Mapping):
             return _cut_of_mapping(value)
         return value
@@ -160,7 +164,12 @@ class Policy(_Settings):
     @pydantic.field_validator("cache", mode="before")
     @classmethod
     def _read_cache(cls, value: object) -> object:
-        return Cache(**{str(key): item for key, item in value.items()}) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            return Cache(**{str(key): item for key, item in value.items()})
+        if value is not None and not isinstance(value, Cache):
+            keys = ", ".join(Cache.model_fields)
+            raise ValueError(f"expected a Cache, or a mapping with the keys {keys}, got {value!r}")
+        return value
 
     @classmethod
     def deepcache(cls, interval: int = 3, branch: int = 0) -> Policy:
@@ -174,17 +183,22 @@ class Policy(_Settings):
         Raises:
             PolicyError: not YAML, not a mapping, an unknown key, or an impossible value.
         """
-        path = Path(source) if isinstance(source, Path) or ("\n" not in source and ":" not in source) else None
-        where = f" in {path.name}" if path is not None else ""
+        if not isinstance(source, str | Path):
+            raise PolicyError(f"from_yaml: expected a path or YAML text, got {type(source).__name__}")
+        is_text = isinstance(source, str) and (not source.strip() or "\n" in source or ":" in source or "{" in source)
+        where = "" if is_text else f" in {Path(source).name}"
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8") if path is not None else str(source))
+            data = yaml.safe_load(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise PolicyError(f"cannot read the policy{where}: {error}") from None
         if data is None:
             data = {}
         if not isinstance(data, dict):
             raise PolicyError(f"a policy{where} is a mapping such as 'cache: {{cut: 0, interval: 3}}', got {data!r}")
-        return cls(**{str(key): value for key, value in data.items()})
+        try:
+            return cls(**{str(key): value for key, value in data.items()})
+        except PolicyError as error:
+            raise PolicyError(f"{error}{where}") from None
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The settings that differ from their defaults, as YAML text; also written to `path` when one is given."""
@@ -209,18 +223,28 @@ def _cut_to_plain(cut: Cut) -> object:
             return cut
 
 
-def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
-    """One line a problem: the key, what was wrong, what came, and what is allowed."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"][:1]) or model.__name__
+def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError, given: Mapping[str, object]) -> str:
+    """One line: each key, what was wrong, what came, and what is allowed."""
+    problems = error.errors()
+    if sum(problem["loc"][:1] == ("cut",) for problem in problems) > 1:  # one for each member of the union
+        lines = [f"cut: {_CUTS}, got {given['cut']!r}"]
+        problems = [problem for problem in problems if problem["loc"][:1] != ("cut",)]
+    else:
+        lines = []
+    for problem in problems:
+        key = ".".join(part for part in problem["loc"] if isinstance(part, str))
+        message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             allowed = list(model.model_fields)
-            lines.append(f"unknown key {key!r}{nearest(key, allowed)} allowed keys: {', '.join(allowed)}")
+            lines.append(f"unknown key {key!r}{nearest(key, allowed) or ';'} allowed keys: {', '.join(allowed)}")
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing")
+        elif isinstance(problem.get("ctx", {}).get("error"), PolicyError):
+            lines.append(f"{key}: {message}")
+        elif key:
+            lines.append(
+                f"{key}: {message}" + ("" if problem["type"] == "value_error" else f", got {problem['input']!r}")
+            )
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            value = f", got {problem['input']!r}" if problem["loc"] and "got" not in message else ""
-            lines.append(f"{key}: {message}{value}")
+            lines.append(message)
     return f"{model.__name__}: " + "; ".join(dict.fromkeys(lines))

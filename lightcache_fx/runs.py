@@ -19,7 +19,6 @@ import torch
 log = logging.getLogger(__name__)
 
 _MAX_BRANCHES = 64
-_JUMP = 5.0
 _run_numbers = itertools.count()
 _current: ContextVar[MarkedRun | None] = ContextVar("lightcache_fx_run", default=None)
 _branch_name: ContextVar[str | None] = ContextVar("lightcache_fx_branch", default=None)
@@ -109,7 +108,7 @@ def branch_name(name: str) -> Iterator[None]:
         _branch_name.reset(token)
 
 
-@dataclass
+@dataclass(eq=False)
 class Branch:
     """The state of one guidance branch of one run.
 
@@ -117,6 +116,8 @@ class Branch:
         group: what its calls have in common: signature and branch name.
         inputs: the run-rate tensors it was last called with.
         step: how many calls came before the present one.
+        steady: whether a later call came with the very same tensors as the one before it.
+        repeats: how often a timestep came twice.
         slots: values kept for reuse steps, by slot name.
         hoisted: values computed once a generation, by name, and the key of the inputs that they hold for.
     """
@@ -124,7 +125,7 @@ class Branch:
     group: Hashable
     inputs: tuple[torch.Tensor, ...]
     step: int = 0
-    last_delta: float = 0.0
+    steady: bool = False
     repeats: int = 0
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     hoisted: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -164,6 +165,7 @@ class RunTracker:
         self._run_number: int | None = None
         self._doubtful = False
         self._settled = False
+        self._warned = False
 
     def locate_marked(self, run: MarkedRun, group: Hashable, inputs: tuple[torch.Tensor, ...]) -> Position:
         """Place a call made inside a marked run; reads nothing from the device."""
@@ -173,6 +175,8 @@ class RunTracker:
             self._run_number = run.number
         step = run.enter_step()
         if self._time is None or -step < self._time:
+            if self._time is not None and -step < self._time - 1:
+                self.branches = []  # the model sat out steps, as one of two that take turns does
             self._next_time(float(-step))
         members = [b for b in self.branches if b.group == group]
         waiting = [b for b in members if b not in self._called]
@@ -201,7 +205,6 @@ class RunTracker:
         begins = self._run_number is not None or self._time is None or time > self._time
         if begins:
             self.reset()
-        delta = 0.0 if self._time is None else self._time - time
         if self._time is None or time < self._time:
             self._next_time(time)
         members = [b for b in self.branches if b.group == group]
@@ -221,8 +224,8 @@ class RunTracker:
             self._called.append(branch)
             return Position(branch, 0, certain=True, begins_run=begins)
         branch.step += 1
-        certain = not self._doubtful and self._plausible(branch, delta, known)
-        branch.last_delta = delta
+        certain = not self._doubtful and self._continues(branch, known)
+        branch.steady |= known == "identical"
         branch.inputs = inputs
         self._called.append(branch)
         return Position(branch, branch.step, certain=certain, begins_run=False)
@@ -247,15 +250,23 @@ class RunTracker:
         branch.step += 1
         return Position(branch, branch.step, certain=certain, begins_run=False)
 
-    def _plausible(self, branch: Branch, delta: float, known: str) -> bool:
-        """Whether a later timestep continues the branch's run, rather than beginning one in mid-schedule."""
-        if known == "identical":
+    def _continues(self, branch: Branch, known: str) -> bool:
+        """Whether a later timestep surely continues the branch's run, by what its conditioning was before.
+
+        The same tensors do. Equal ones do where they were made anew at every step; where they used to be the same ones,
+        another run may have begun in mid-schedule. Changed ones may always be another run's.
+        """
+        if known == "identical" or (known == "equal" and not branch.steady):
             return True
-        steady = branch.last_delta > 0 and branch.last_delta / _JUMP <= delta <= branch.last_delta * _JUMP
-        plausible = steady or (known == "equal" and branch.last_delta == 0)
-        if not plausible:
-            log.info("conditioning changed together with an unusual timestep; running the full program")
-        return plausible
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "conditioning changed within a run, or another run began in mid-schedule: such steps are full. Mark"
+                " runs with"
+                " transform_pipeline or marked_run, or declare inputs that change every step, as in"
+                " Policy(rates={'x': 'step'})"
+            )
+        return False
 
     def _next_time(self, time: float) -> None:
         """A new timestep: branches that sat out the last one are dropped, as what they keep is out of step."""

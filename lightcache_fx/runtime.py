@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightcache_fx.calls import Call, CallLayout, CallReader
-from lightcache_fx.capture import Capture, capture
+from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import TransformError
 from lightcache_fx.module_state import ModuleState
@@ -24,7 +24,7 @@ from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, cur
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compiled:
     """Everything made for one signature."""
 
@@ -72,6 +72,7 @@ class Runtime:
         """One denoiser call: place it in its run, run the program that the schedule asks for, keep what it returns."""
         with torch.no_grad():
             call = self.reader.read(args, kwargs)
+            refuse_autocast(call)
             compiled = self.compile(call)
             try:
                 return self._run(call, compiled, self._locate(call, compiled))
@@ -111,7 +112,7 @@ class Runtime:
         return Compiled(captured, plan, programs, bound, self._state)
 
     def _locate(self, call: Call, compiled: Compiled) -> Position:
-        group = (id(compiled), current_branch())
+        group = (compiled, current_branch())
         inputs = call.of_rate("run")
         run = current_run()
         if run is not None:

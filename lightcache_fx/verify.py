@@ -82,9 +82,10 @@ def run_graph(capture: Capture, module: nn.Module, tensors: Sequence[torch.Tenso
 
 def _eager(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """The eager model's output tensors; None when it does not accept varied inputs."""
-    args, kwargs = call.layout.rebuild([tensor.clone() for tensor in tensors])
+    own = [t.item() if i in call.layout.numbers else t.clone() for i, t in enumerate(tensors)]
+    args, kwargs = call.layout.rebuild(own)
     try:
-        output = module(*args, **kwargs)
+        output = type(module).forward(module, *args, **kwargs)
     except (RuntimeError, ValueError, IndexError):
         if all(a is b for a, b in zip(tensors, call.tensors, strict=True)):
             raise

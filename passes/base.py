@@ -8,7 +8,7 @@ after every pass, and names the pass that broke one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -94,3 +94,13 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout) and all(
         x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1
     )
+
+
+def find_kept(by_name: Mapping[str, fx.Node], name: str, pass_name: str) -> fx.Node:
+    """The node that a plan names, or a `PassError` where the graph is not the one that was planned for."""
+    if name not in by_name:
+        raise PassError(
+            f"{pass_name}: the graph has no node %{name}; was the pass applied to it already,"
+            f" or the plan made for another graph?"
+        )
+    return by_name[name]

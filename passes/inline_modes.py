@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
                 break
             else:
                 copied = graph.node_copy(inner, mapping.__getitem__)
+                if inner.op == "get_attr":  # the body of a region inside this one, under a name that is free out here
+                    copied.target = _adopt(graph.owning_module, getattr(body, str(inner.target)))
                 copied.meta = dict(inner.meta)
                 copied.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
                 mapping[inner] = copied
@@ -66,3 +69,9 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
     if not body_node.users:
         graph.erase_node(body_node)
+
+
+def _adopt(owner: fx.GraphModule, value: object) -> str:
+    name = next(name for index in itertools.count() if not hasattr(owner, name := f"inlined_{index}"))
+    setattr(owner, name, value)
+    return name

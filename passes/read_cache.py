@@ -9,7 +9,7 @@ from torch import fx
 
 from lightcache_fx.cuts import Slot
 from lightcache_fx.graphs import GraphInput, drop_unused_inputs, eliminate_dead_code, placeholders
-from lightcache_fx.passes.base import PassResult
+from lightcache_fx.passes.base import PassResult, find_kept
 
 
 def read_cache(graph: fx.Graph, *, slots: Sequence[Slot]) -> PassResult:
@@ -29,18 +29,27 @@ def read_cache(graph: fx.Graph, *, slots: Sequence[Slot]) -> PassResult:
     last_input = placeholders(graph)[-1]
     replaced: dict[fx.Node, fx.Node] = {}
     for slot in slots:
-        node = by_name[slot.node]
+        node = find_kept(by_name, slot.node, "read_cache")
         with graph.inserting_after(last_input):
             last_input = graph.placeholder(slot.name)
         last_input.meta = {"val": node.meta["val"], "lightcache_input": GraphInput("slot", slot.name, "latent")}
         stand_in = last_input
         if slot.base is not None:
-            base = by_name[slot.base]
+            base = find_kept(by_name, slot.base, "read_cache")
             with graph.inserting_after(node):
                 stand_in = graph.call_function(torch.ops.aten.add.Tensor, (replaced.get(base, base), last_input))
             stand_in.meta = {"val": node.meta["val"], "nn_module_stack": node.meta.get("nn_module_stack", {})}
-        node.replace_all_uses_with(stand_in, delete_user_cb=lambda user, own=stand_in: user is not own)
+        _replace_uses(node, stand_in)
         replaced[node] = stand_in
     removed = eliminate_dead_code(graph)
     drop_unused_inputs(graph, ("weight", "constant", "hoisted", "user"))
     return PassResult(graph, True, {"slots": len(slots), "nodes removed": removed})
+
+
+def _replace_uses(node: fx.Node, stand_in: fx.Node) -> None:
+    """All uses of `node` but the stand-in's own."""
+
+    def is_other(user: fx.Node) -> bool:
+        return user is not stand_in
+
+    node.replace_all_uses_with(stand_in, delete_user_cb=is_other)

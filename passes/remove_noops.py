@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lightcache_fx.graphs import calls, outputs
+from lightcache_fx.graphs import calls, outputs, storage_root
 from lightcache_fx.passes.base import PassResult, same_layout
 
 aten = torch.ops.aten
@@ -31,11 +31,11 @@ def remove_noops(graph: fx.Graph) -> PassResult:
         %c : f32[2,4] = aten.view.default(%x, [2, 4])               ->   uses of %c read %x   (3)
         %c : f32[2,4] = aten.slice.Tensor(%x, 0, 0, 9223372036854775807)   ->   likewise      (4)
 
-    Invariant: shape, strides, dtype and device of the result are those of the argument. A copy stays where without it a
-    returned tensor would share memory with an input, since callers may write to what they are given.
+    Invariant: shape, strides, dtype and device of the result are those of the argument. A copy
+    stays where a returned tensor lives in it, since callers may write to what they are given.
     """
     counts = {"casts": 0, "copies": 0, "views": 0}
-    returned = {node for node in outputs(graph) if isinstance(node, fx.Node)}
+    returned = {storage_root(node) for node in outputs(graph) if isinstance(node, fx.Node)}
     for node in list(calls(graph)):
         kind = _kind(node)
         if kind is None:

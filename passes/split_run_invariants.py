@@ -15,7 +15,8 @@ def split_run_invariants(graph: fx.Graph, *, plan: HoistPlan) -> PassResult:
         %k = aten.linear.default(%prompt, %w)          ->   %k = placeholder[hoisted "k"]
         %y = aten.add.Tensor(%x, %k)                        %y = aten.add.Tensor(%x, %k)
 
-    `prologue_of` gives the program that computes the inputs. Invariant: a hoisted value keeps its node's name and type.
+    `prologue_of` gives the program that computes the inputs. Invariant: the input is
+    named `<node>_hoisted` and has the node's type.
     """
     by_name = {node.name: node for node in graph.nodes}
     first = next(iter(graph.nodes))

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from lightcache_fx.cuts import Slot
+from lightcache_fx.errors import PassError
 from lightcache_fx.graphs import num_bytes, output_node, outputs, storage_root
-from lightcache_fx.passes.base import PassResult
+from lightcache_fx.passes.base import PassResult, find_kept
 
 aten = torch.ops.aten
 
@@ -26,16 +27,18 @@ def write_cache(graph: fx.Graph, *, slots: Sequence[Slot]) -> PassResult:
     """
     if not slots:
         return PassResult(graph, False)
+    if any("lightcache_slot" in node.meta for node in graph.nodes):
+        raise PassError("write_cache: this graph returns slots already; apply it to a copy of the captured graph")
     by_name = {node.name: node for node in graph.nodes}
     returned = {storage_root(node) for node in outputs(graph) if isinstance(node, fx.Node)}
     end = output_node(graph)
     kept: list[fx.Node] = []
     copies = 0
     for slot in slots:
-        node = by_name[slot.node]
+        node = find_kept(by_name, slot.node, "write_cache")
         with graph.inserting_after(node):
             if slot.base is not None:
-                node = _call(graph, aten.sub.Tensor, (node, by_name[slot.base]), like=node)
+                node = _call(graph, aten.sub.Tensor, (node, find_kept(by_name, slot.base, "write_cache")), like=node)
             elif (
                 (root := storage_root(node)) in returned
                 or root.op == "placeholder"
@@ -44,6 +47,7 @@ def write_cache(graph: fx.Graph, *, slots: Sequence[Slot]) -> PassResult:
                 node = _call(graph, aten.clone.default, (node,), like=node)
                 copies += 1
         returned.add(storage_root(node))
+        node.meta["lightcache_slot"] = slot.name
         kept.append(node)
     end.args = ((*outputs(graph), *kept),)
     return PassResult(graph, True, {"slots": len(slots), "copies": copies})

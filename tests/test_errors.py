@@ -136,7 +136,6 @@ def test_a_branch_deeper_than_the_model() -> None:
     _usable(model)
 
 
-@pytest.mark.xfail(reason='"1 skip connections, so branch 0 to 0 exist"')
 def test_a_branch_deeper_than_the_model_in_good_english() -> None:
     with pytest.raises(errors.CutError, match=r"the model has 1 skip connection, so only branch 0 exists"):
         _called(lc.Policy.deepcache(2, branch=3))()
@@ -309,7 +308,6 @@ def test_pickling() -> None:
         pickle.dumps(lc.transform(Denoiser()))
 
 
-@pytest.mark.xfail(reason="plan traces the drop-in's own runtime; the message is about data-dependent symbols")
 def test_a_plan_of_a_transformed_module() -> None:
     transformed = lc.transform(Denoiser())
     try:
@@ -368,7 +366,6 @@ def test_a_decision_taken_on_the_example_is_refused() -> None:
     _says(error.value, "Model", "export")
 
 
-@pytest.mark.xfail(reason="the write is lost from the programs without a word, and captures advance the buffer")
 def test_a_model_that_writes_to_its_buffer() -> None:
     def forward(self: Any, sample: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         self.count += 1
@@ -396,7 +393,6 @@ def test_attributes_set_while_tracing_are_put_back() -> None:
     assert set(vars(model)) == before
 
 
-@pytest.mark.xfail(reason="two inputs that are one tensor are one input to the tracers")
 def test_one_tensor_for_two_arguments() -> None:
     class Model(nn.Module):
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -407,7 +403,6 @@ def test_one_tensor_for_two_arguments() -> None:
     assert torch.equal(lc.transform(model)(x, 5, x), model(x, 5, x))
 
 
-@pytest.mark.xfail(reason="a weight's full name need not be a Python name")
 def test_a_weight_whose_name_begins_with_a_digit() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).eval().requires_grad_(False)
     assert torch.equal(lc.transform(model)(latent(0)), model(latent(0)))
@@ -463,7 +458,6 @@ def test_autocast() -> None:
     plain_step(transformed, **INPUTS)
 
 
-@pytest.mark.xfail(reason="autocast is asked about when a signature is captured, not when it is called again")
 def test_autocast_after_the_capture() -> None:
     transformed = lc.transform(Denoiser())
     plain_step(transformed, **INPUTS)

@@ -88,7 +88,6 @@ def test_not_without_slots() -> None:
     assert operators(after) == operators(given.graph_module)
 
 
-@pytest.mark.xfail(reason="KeyError, raw")
 def test_second_application_refuses() -> None:
     """The cut is gone, so there is nothing to replace: the plan belongs to another graph."""
     given = captured(MODEL, *FIRST)
