@@ -427,13 +427,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a small size, two repeats; nothing to report")
     parser.add_argument("--steps", type=int, default=Setting.steps, help="denoising steps of a loop")
     parser.add_argument("--interval", type=int, default=Setting.interval, help="one step in so many is full")
+    parser.add_argument("--rounds", type=int, default=Setting.rounds, help="how often each kind of loop is timed")
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/denoise.json unless --quick")
     options = parser.parse_args(arguments)
-    if options.interval < 2 or options.steps < 2 or options.threads < 1:
-        parser.error("--interval and --steps are at least 2, --threads at least 1")
+    if options.interval < 2 or options.steps < 2 or options.threads < 1 or options.rounds < 1:
+        parser.error("--interval and --steps are at least 2, --threads and --rounds at least 1")
     torch.set_num_threads(options.threads)
-    setting = replace(Setting(), steps=options.steps, interval=options.interval)
+    setting = replace(Setting(), steps=options.steps, interval=options.interval, rounds=options.rounds)
     setting = setting.quick() if options.quick else setting
     console = Console()
     result = run(setting, console)
