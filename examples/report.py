@@ -47,7 +47,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Caching:
-    """What the accelerated pipeline did: `kept_bytes` and `hoisted_bytes` as held at the end of a run."""
+    """What the accelerated pipeline did: `kept_bytes` and `hoisted_bytes` the most that was held between steps."""
 
     cut: str | None
     num_full: int

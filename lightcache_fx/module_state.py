@@ -11,7 +11,6 @@ import operator
 import types
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -39,9 +38,11 @@ class ModuleState:
     _empty: list[Container] = field(repr=False)
     _weights: list[torch.Tensor] = field(repr=False)
     _weight_types: list[Any] = field(repr=False)
-    # The contents of all dicts one after the other: comparing two long lists is what makes `unchanged` quick.
+    # The entries of all dicts one after the other, without what every nn.Module has: comparing two long lists is what
+    # makes `unchanged` quick.
     _dicts: list[dict[Any, Any]] = field(repr=False)
     _lengths: list[int] = field(repr=False)
+    _owners: list[dict[Any, Any]] = field(repr=False)
     _keys: list[Any] = field(repr=False)
     _values: list[Any] = field(repr=False)
 
@@ -51,6 +52,8 @@ class ModuleState:
         walk = _Walk()
         walk.module("", module)
         dicts = [c for c in walk.containers if c and isinstance(c, dict)]
+        owners = [d for d in dicts for key in d if key not in _BOOKKEEPING]
+        keys = [key for d in dicts for key in d if key not in _BOOKKEEPING]
         types_ = list(map(_weight_type, walk.weights))
         return cls(
             key=_Key((tuple(walk.key), tuple(types_), _sharing(walk.weights))),
@@ -60,17 +63,19 @@ class ModuleState:
             _weight_types=types_,
             _dicts=dicts,
             _lengths=list(map(len, dicts)),
-            _keys=list(chain.from_iterable(dicts)),
-            _values=list(chain.from_iterable(map(dict.values, dicts))),
+            _owners=owners,
+            _keys=keys,
+            _values=list(map(operator.getitem, owners, keys)),
         )
 
     def unchanged(self) -> bool:
         """Whether nothing has been assigned, added or removed since: a quick test by identity, with false alarms."""
         if any(self._empty) or list(map(len, self._dicts)) != self._lengths:
             return False
-        if not all(map(operator.is_, chain.from_iterable(self._dicts), self._keys)):
-            return False
-        if not all(map(operator.is_, chain.from_iterable(map(dict.values, self._dicts)), self._values)):
+        try:
+            if not all(map(operator.is_, map(operator.getitem, self._owners, self._keys), self._values)):
+                return False
+        except KeyError:  # removed, and another added in its place
             return False
         if not all(_same_items(*pair) for pair in self._contents if not isinstance(pair[0], dict)):
             return False
