@@ -10,31 +10,27 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.export.graph_signature import InputKind as ExportInput
-from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import Call, CallLayout
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError
-from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders, schema_of
-from lightcache_fx.marks import Mark, marked_modules
+from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders
+from lightcache_fx.marks import Mark
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.opaque import bind_opaque_calls, opaque_submodules, suspect_path
+from lightcache_fx.tracing import WRAPPER, FlatCall, Traced, trace_by_export, trace_real_tensors
 from lightcache_fx.verify import check_against_eager
 
 log = logging.getLogger(__name__)
 
-_WRAPPER = "model"
 _MAX_OPAQUE = 8
 
 
@@ -68,42 +64,6 @@ class Capture:
         for position, value in self.output_constants:
             flat.insert(position, value)
         return pytree.tree_unflatten(flat, self.output_spec)
-
-
-@dataclass
-class _OutputRecord:
-    """What a traced call returned beside tensors; held outside the module, whose attributes export restores."""
-
-    spec: pytree.TreeSpec | None = None
-    constants: tuple[tuple[int, object], ...] = ()
-    marks: list[Mark] = field(default_factory=list)
-
-
-class _FlatCall(nn.Module):
-    """The model as a function of flat tensors that returns flat tensors."""
-
-    def __init__(self, model: nn.Module, layout: CallLayout, marked: Sequence[str]) -> None:
-        super().__init__()
-        self.train(model.training)
-        self.model = model
-        self.layout = layout
-        self.marked = tuple(marked)
-        self.record = _OutputRecord()
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self.layout.rebuild(tensors)
-        with marked_modules(self.model, self.marked) as self.record.marks:
-            flat, self.record.spec = pytree.tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
-        found = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
-        self.record.constants = tuple((i, leaf) for i, leaf in enumerate(flat) if not isinstance(leaf, torch.Tensor))
-        for _, value in self.record.constants:
-            if not isinstance(value, type(None) | bool | int | float | str | torch.dtype):
-                raise ArgumentError(
-                    f"{type(self.model).__name__} returns a {type(value).__qualname__} inside its output; expected"
-                    f" tensors, numbers and None in tuples, lists, dicts or registered output classes; pass"
-                    f" return_dict=False, or register the class with torch.utils._pytree.register_dataclass"
-                )
-        return tuple(found)
 
 
 def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Capture:
@@ -144,7 +104,9 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
                 )
             attempt = _Attempt(module, call, tuple(mark), fake, weights)
             captured = (
-                attempt.by("export", _export) or attempt.by_opaque_submodules() or attempt.by("trace", _trace_real)
+                attempt.by("export", trace_by_export)
+                or attempt.by_opaque_submodules()
+                or attempt.by("trace", trace_real_tensors)
             )
         finally:
             for _, buffer, version, content in buffers:
@@ -161,7 +123,7 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
     )
 
 
-_Trace = Callable[["_FlatCall", tuple[torch.Tensor, ...]], "_Traced"]
+_Trace = Callable[[FlatCall, tuple[torch.Tensor, ...]], Traced]
 
 
 class _Attempt:
@@ -180,7 +142,7 @@ class _Attempt:
         """The verified capture of one route, or None with the reason noted; the module is as it was either way."""
         if self.fake and route != "export":
             return None
-        flat = _FlatCall(self.module, self.call.layout, self.mark)
+        flat = FlatCall(self.module, self.call.layout, self.mark)
         try:
             with around or nullcontext():
                 traced = _own_lazy_weights(trace(flat, self.call.tensors), self.module, self.weights)
@@ -212,7 +174,7 @@ class _Attempt:
                 return None
             paths.append(path)
             regions = opaque_submodules(self.module, paths, lambda: _run_eager(self.module, self.call))
-            captured = self.by(f"export with {', '.join(paths)} opaque", _export, around=regions)
+            captured = self.by(f"export with {', '.join(paths)} opaque", trace_by_export, around=regions)
             if captured is not None:
                 return captured
         return None
@@ -239,130 +201,7 @@ def _run_eager(module: nn.Module, call: Call) -> object:
     return type(module).forward(module, *args, **kwargs)  # hooks of the root run around the drop-in
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """What a route yields: a graph, what each placeholder is, and tensor constants by name."""
-
-    graph_module: fx.GraphModule
-    inputs: list[GraphInput]
-    constants: dict[str, torch.Tensor]
-
-
-def _export(flat: _FlatCall, tensors: tuple[torch.Tensor, ...]) -> _Traced:
-    """`torch.export`, non-strict; functionalised only where the model writes in place."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(flat, tensors, strict=False)
-        if any((schema := schema_of(node)) is not None and schema.is_mutable for node in program.graph.nodes):
-            program = program.run_decompositions({})
-    signature = program.graph_signature
-    for spec in signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(
-                f"forward writes to {spec.target or spec.arg.name} ({spec.kind.name.lower()}); a step must be pure"
-            )
-    inputs, constants = [], {}
-    leaves = iter(flat.layout.leaves)
-    for spec in signature.input_specs:
-        if spec.kind in (ExportInput.PARAMETER, ExportInput.BUFFER):
-            inputs.append(GraphInput("weight", str(spec.target).removeprefix(f"{_WRAPPER}."), "const"))
-        elif spec.kind is ExportInput.CONSTANT_TENSOR:
-            name = str(spec.target).removeprefix(f"{_WRAPPER}.")
-            value = program.constants[str(spec.target)]
-            if isinstance(value, FakeTensor) and not isinstance(tensors[0], FakeTensor):
-                raise CaptureError(
-                    f"tensor constant {name} was made inside forward from Python data and has no value in the trace"
-                )
-            constants[name] = value
-            inputs.append(GraphInput("constant", name, "const"))
-        elif spec.kind is ExportInput.USER_INPUT:
-            leaf = next(leaves)
-            inputs.append(GraphInput("user", leaf.name, leaf.rate))
-        else:
-            raise CaptureError(f"forward uses a {spec.kind.name.lower()} input, which has no place in a static program")
-    return _Traced(program.graph_module, inputs, constants)
-
-
-def _trace_real(flat: _FlatCall, tensors: tuple[torch.Tensor, ...]) -> _Traced:
-    """Tracing with real tensors through `make_fx`: handles whatever runs, sees only what this example did."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    names, weights = [], []
-    for name, weight in (*flat.named_parameters(), *flat.named_buffers()):
-        names.append(name)
-        weights.append(weight)
-
-    def run(*everything: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        swapped = dict(zip(names, everything[: len(names)], strict=True))
-        result: tuple[torch.Tensor, ...] = torch.func.functional_call(flat, swapped, everything[len(names) :])
-        return result
-
-    with _module_stacks(flat), torch.fx.traceback.preserve_node_meta():
-        graph_module = make_fx(run, tracing_mode="real", pre_dispatch=True)(*weights, *tensors)
-    inputs = [GraphInput("weight", name.removeprefix(f"{_WRAPPER}."), "const") for name in names]
-    inputs += [GraphInput("user", leaf.name, leaf.rate) for leaf in flat.layout.leaves]
-    constants = _lift_constants(graph_module, inputs)
-    return _Traced(graph_module, inputs, constants)
-
-
-@contextmanager
-def _module_stacks(flat: nn.Module) -> Iterator[None]:
-    """Give every node traced inside the modules whose calls it was made in, as export does."""
-    from torch.fx.traceback import current_meta
-
-    stacks: list[dict[str, tuple[str, Any]]] = [{}]
-    counts: dict[str, int] = {}
-
-    def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _inputs: object) -> None:
-            call = counts[path] = counts.get(path, -1) + 1
-            name = f"{path}@{call}" if call else path
-            stacks.append({**stacks[-1], name: (name, type(module))})
-            current_meta["nn_module_stack"] = stacks[-1]
-
-        return hook
-
-    def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
-        stacks.pop()
-        current_meta["nn_module_stack"] = stacks[-1]
-
-    handles: list[Any] = []
-    try:
-        for path, module in flat.named_modules():
-            handles += [
-                module.register_forward_pre_hook(enter(path)),
-                module.register_forward_hook(leave, prepend=False),
-            ]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        current_meta.pop("nn_module_stack", None)
-
-
-def _lift_constants(graph_module: fx.GraphModule, inputs: list[GraphInput]) -> dict[str, torch.Tensor]:
-    """Turn tensor attributes that the trace left in the graph into inputs."""
-    graph = graph_module.graph
-    constants: dict[str, torch.Tensor] = {}
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
-    for node in [n for n in graph.nodes if n.op == "get_attr"]:
-        value = getattr(graph_module, str(node.target))
-        if not isinstance(value, torch.Tensor):
-            continue
-        name = str(node.target)
-        if name not in constants:
-            constants[name] = value
-            inputs.append(GraphInput("constant", name, "const"))
-            with graph.inserting_after(last[-1]) if last else graph.inserting_before(None):
-                placeholder = graph.placeholder(f"constant_{name}")
-            placeholder.meta["val"] = value
-            last.append(placeholder)
-        node.replace_all_uses_with(next(p for p in last if p.target == f"constant_{name}"))
-        graph.erase_node(node)
-    return constants
-
-
-def _own_lazy_weights(traced: _Traced, module: nn.Module, weights: dict[str, torch.Tensor | None]) -> _Traced:
+def _own_lazy_weights(traced: Traced, module: nn.Module, weights: dict[str, torch.Tensor | None]) -> Traced:
     """Buffers that only the warm-up call made, and that go with it, become constants of the capture."""
     now = {name: table[key] for name, (table, key) in weight_slots(module).items()}
     for index, binding in enumerate(traced.inputs):
@@ -372,7 +211,7 @@ def _own_lazy_weights(traced: _Traced, module: nn.Module, weights: dict[str, tor
     return traced
 
 
-def _finish(flat: _FlatCall, traced: _Traced, *, route: str, verified: bool) -> Capture:
+def _finish(flat: FlatCall, traced: Traced, *, route: str, verified: bool) -> Capture:
     """One clean graph: typed inputs, module paths as the user knows them, normalised."""
     from lightcache_fx.passes import normalize
 
@@ -419,8 +258,8 @@ def _strip_wrapper(stack: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, An
     """Module paths as the user knows them: the flat-call wrapper and its `model.` prefix are gone."""
     stripped = {}
     for key, (path, kind) in stack.items():
-        if path.startswith(f"{_WRAPPER}.") or path.partition("@")[0] == _WRAPPER:
-            stripped[key] = (path.removeprefix(_WRAPPER).removeprefix("."), kind)
+        if path.startswith(f"{WRAPPER}.") or path.partition("@")[0] == WRAPPER:
+            stripped[key] = (path.removeprefix(WRAPPER).removeprefix("."), kind)
     return stripped
 
 
