@@ -26,9 +26,9 @@ _SEEDS = (1, 2)
 def check_against_eager(capture: Capture, module: nn.Module, call: Call) -> None:
     """Compare the captured graph with the eager model, bitwise, on the call's inputs and on others of the same shapes.
 
-    The other inputs have fresh latents of the same mean and deviation, another timestep, shuffled integers from the
-    same range and other prefix lengths for masks. Where the eager model itself differs between two runs
-    (nondeterministic kernels), that difference bounds what is allowed.
+    The other inputs have noise for latents, once negated, another timestep, shuffled integers from the same range and
+    other prefix lengths for masks. Where the eager model itself differs between two runs (nondeterministic kernels),
+    that difference bounds what is allowed.
 
     Raises:
         CaptureMismatchError: with the largest difference and the inputs that showed it.
@@ -106,7 +106,9 @@ def _vary(tensor: torch.Tensor, leaf: InputLeaf, generator: torch.Generator) -> 
     source = tensor.detach().cpu()
     if source.numel() == 0:
         return tensor
-    if source.dtype is torch.bool or (source.dim() > 1 and bool(((source == 0) | (source == 1)).all())):
+    if leaf.rate == "latent" and source.is_floating_point():
+        varied = _vary_latent(source, positive=generator.initial_seed() % 2 == 0)
+    elif source.dtype is torch.bool or (source.dim() > 1 and bool(((source == 0) | (source == 1)).all())):
         varied = _vary_mask(source, generator)
     elif leaf.rate == "step":
         factor = 0.25 + 0.5 * torch.rand((), generator=generator)
@@ -125,6 +127,13 @@ def _vary(tensor: torch.Tensor, leaf: InputLeaf, generator: torch.Generator) -> 
     )
     varied = varied.to(tensor.device)
     return result.copy_(varied) if result is not None else varied
+
+
+def _vary_latent(latent: torch.Tensor, *, positive: bool) -> torch.Tensor:
+    """Noise about zero, and for the other seed its negative: a decision by the latent's sign cannot pass both."""
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    scale = float(latent.float().std(unbiased=False)) or 1.0
+    return (noise * (scale if positive else -scale)).to(latent.dtype)
 
 
 def _vary_mask(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
