@@ -73,7 +73,12 @@ class CallLayout:
     leaves: tuple[InputLeaf, ...]
     positions: tuple[int, ...]
     tensor_types: tuple[TensorType, ...]
-    numbers: tuple[int, ...] = ()  # which leaves were Python numbers before they became tensors
+    numbers: tuple[tuple[int, type[int] | type[float]], ...] = ()  # which leaves were Python numbers, and of which kind
+
+    @property
+    def integers(self) -> frozenset[int]:
+        """Which leaves were Python integers."""
+        return frozenset(index for index, kind in self.numbers if kind is int)
 
     def rebuild(self, tensors: Sequence[object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's `(args, kwargs)` with `tensors` in the tensor places."""
@@ -92,6 +97,12 @@ class Call:
 
     layout: CallLayout
     tensors: tuple[torch.Tensor, ...]
+
+    def as_given(self, tensors: Sequence[torch.Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The `(args, kwargs)` that the caller wrote, Python numbers included; with other `tensors` if there are any."""
+        kinds = dict(self.layout.numbers)
+        given = self.tensors if tensors is None else tensors
+        return self.layout.rebuild([kinds[i](t.item()) if i in kinds else t for i, t in enumerate(given)])
 
     def of_rate(self, rate: Rate) -> tuple[torch.Tensor, ...]:
         """The tensors of one rate."""
@@ -126,8 +137,8 @@ class CallReader:
         """Bind and flatten one call.
 
         Returns:
-            the call; a Python number given for a parameter of rate `step` has become a 0-d tensor (float64 or int64) on
-            the device of the call's first tensor.
+            the call; a Python number given for a parameter of rate `step` has become a 0-d float64 tensor on the
+            device of the call's first tensor, which computes as the number does.
 
         Raises:
             TypeError: the arguments do not fit `forward`, as Python words it.
@@ -142,13 +153,13 @@ class CallReader:
         leaves: list[InputLeaf] = []
         tensors: list[torch.Tensor] = []
         positions: list[int] = []
-        as_number: list[int] = []
+        as_number: list[tuple[int, type[int] | type[float]]] = []
         for position, (path, leaf) in enumerate(flat):
             parameter, name = self._name_of(path, names)
             rate = self._rate_of(parameter)
             if rate == "step" and not isinstance(leaf, bool) and isinstance(leaf, numbers.Real):
-                as_number.append(len(tensors))
-                leaf = _number_tensor(leaf, device)
+                as_number.append((len(tensors), int if isinstance(leaf, numbers.Integral) else float))
+                leaf = torch.tensor(float(leaf), dtype=torch.float64, device=device)
             if isinstance(leaf, torch.Tensor):
                 leaves.append(InputLeaf(name, parameter, rate))
                 tensors.append(leaf)
@@ -175,11 +186,6 @@ class CallReader:
         side, key = path[0].idx, path[1]
         parameter = (positional[key.idx] if key.idx < len(positional) else f"args{key.idx}") if side == 0 else key.key
         return parameter, parameter + pytree.keystr(path[2:])
-
-
-def _number_tensor(value: numbers.Real, device: torch.device) -> torch.Tensor:
-    dtype = torch.int64 if isinstance(value, numbers.Integral) else torch.float64
-    return torch.tensor(float(value), dtype=torch.float64, device=device).to(dtype)
 
 
 def _tensor_type(tensor: torch.Tensor) -> TensorType:

@@ -96,18 +96,18 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
         vars(module).pop("forward", None)  # an offload hook around the drop-in, which is what calls us
         try:
             if not fake:
-                _run_eager(module, call)
+                args, kwargs = call.as_given()
+                type(module).forward(module, *args, **kwargs)  # hooks of the root run around the drop-in
             written = [name for name, buffer, version, _ in buffers if buffer._version != version]
             if written:
                 raise CaptureError(
                     f"forward of {type(module).__name__} writes to its buffer {written[0]}; a step must be pure"
                 )
             attempt = _Attempt(module, call, tuple(mark), fake, weights)
-            captured = (
-                attempt.by("export", trace_by_export)
-                or attempt.by_opaque_submodules()
-                or attempt.by("trace", trace_real_tensors)
-            )
+            captured = attempt.by_all_routes()
+            if captured is None and call.layout.integers:  # an index, say, which a float64 tensor cannot be
+                attempt = _Attempt(module, call, tuple(mark), fake, weights, whole_numbers=True)
+                captured = attempt.by_all_routes()
         finally:
             for _, buffer, version, content in buffers:
                 if buffer._version != version:
@@ -130,19 +130,35 @@ class _Attempt:
     """The routes tried for one capture, and why each failed."""
 
     def __init__(
-        self, module: nn.Module, call: Call, mark: tuple[str, ...], fake: bool, weights: dict[str, torch.Tensor | None]
+        self,
+        module: nn.Module,
+        call: Call,
+        mark: tuple[str, ...],
+        fake: bool,
+        weights: dict[str, torch.Tensor | None],
+        *,
+        whole_numbers: bool = False,
     ) -> None:
         self.module, self.call, self.mark, self.fake, self.weights = module, call, mark, fake, weights
+        self.whole_numbers = whole_numbers
         self.state = ModuleState.take(module)
         self.failures: list[str] = []
         self.mismatch: CaptureMismatchError | None = None
         self.last_error: BaseException | None = None
 
+    def by_all_routes(self) -> Capture | None:
+        """The first route's capture that passes the check."""
+        return (
+            self.by("export", trace_by_export)
+            or self.by_opaque_submodules()
+            or self.by("trace", trace_real_tensors)
+        )
+
     def by(self, route: str, trace: _Trace, *, around: AbstractContextManager[None] | None = None) -> Capture | None:
         """The verified capture of one route, or None with the reason noted; the module is as it was either way."""
         if self.fake and route != "export":
             return None
-        flat = FlatCall(self.module, self.call.layout, self.mark)
+        flat = self._flat_call()
         try:
             with around or nullcontext():
                 traced = _own_lazy_weights(trace(flat, self.call.tensors), self.module, self.weights)
@@ -165,6 +181,9 @@ class _Attempt:
         log.info("capture of %s failed %s", type(self.module).__name__, self.failures[-1])
         return None
 
+    def _flat_call(self) -> FlatCall:
+        return FlatCall(self.module, self.call.layout, self.mark, whole_numbers=self.whole_numbers)
+
     def by_opaque_submodules(self) -> Capture | None:
         """Export with the innermost module that stopped the trace as one operation; again while others stop it."""
         paths: list[str] = []
@@ -173,7 +192,7 @@ class _Attempt:
             if path is None or path in paths:
                 return None
             paths.append(path)
-            regions = opaque_submodules(self.module, paths, lambda: _run_eager(self.module, self.call))
+            regions = opaque_submodules(self.module, paths, lambda: self._flat_call()(*self.call.tensors))
             captured = self.by(f"export with {', '.join(paths)} opaque", trace_by_export, around=regions)
             if captured is not None:
                 return captured
@@ -194,11 +213,6 @@ def _own(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     for tensor in tensors:
         yield tensor.clone() if tensor.is_inference() or id(tensor) in seen else tensor
         seen.add(id(tensor))
-
-
-def _run_eager(module: nn.Module, call: Call) -> object:
-    args, kwargs = call.layout.rebuild(call.tensors)
-    return type(module).forward(module, *args, **kwargs)  # hooks of the root run around the drop-in
 
 
 def _own_lazy_weights(traced: Traced, module: nn.Module, weights: dict[str, torch.Tensor | None]) -> Traced:

@@ -33,19 +33,26 @@ class OutputRecord:
 
 
 class FlatCall(nn.Module):
-    """The model as a function of flat tensors that returns flat tensors."""
+    """The model as a function of flat tensors that returns flat tensors.
 
-    def __init__(self, model: nn.Module, layout: CallLayout, marked: Sequence[str]) -> None:
+    What the caller gave as a Python integer comes as float64; `whole_numbers` passes it on as int64.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: CallLayout, marked: Sequence[str], *, whole_numbers: bool = False
+    ) -> None:
         super().__init__()
         self.train(model.training)
         self.model = model
         self.layout = layout
         self.marked = tuple(marked)
+        self.whole = layout.integers if whole_numbers else frozenset()
         self.record = OutputRecord()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Call the model with the tensors where they belong; what else it returns goes to the record."""
-        args, kwargs = self.layout.rebuild(tensors)
+        own = [tensor.to(torch.int64) if i in self.whole else tensor for i, tensor in enumerate(tensors)]
+        args, kwargs = self.layout.rebuild(own)
         with marked_modules(self.model, self.marked) as self.record.marks:
             flat, self.record.spec = pytree.tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
         found = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]

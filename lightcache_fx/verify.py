@@ -82,8 +82,7 @@ def run_graph(capture: Capture, module: nn.Module, tensors: Sequence[torch.Tenso
 
 def _eager(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """The eager model's output tensors; None when it does not accept varied inputs."""
-    own = [t.item() if i in call.layout.numbers else t.clone() for i, t in enumerate(tensors)]
-    args, kwargs = call.layout.rebuild(own)
+    args, kwargs = call.as_given([t.clone() for t in tensors])
     try:
         output = type(module).forward(module, *args, **kwargs)
     except (RuntimeError, ValueError, IndexError):
@@ -96,10 +95,11 @@ def _eager(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> li
 def vary(call: Call, seed: int, *, only_latent: bool = False) -> tuple[torch.Tensor, ...]:
     """Other inputs of the same shapes, dtypes and devices, plausible for what each one is."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
+    varied = [
         tensor if only_latent and leaf.rate != "latent" else _vary(tensor, leaf, generator)
         for tensor, leaf in zip(call.tensors, call.layout.leaves, strict=True)
-    )
+    ]
+    return tuple(tensor.round() if i in call.layout.integers else tensor for i, tensor in enumerate(varied))
 
 
 def _vary(tensor: torch.Tensor, leaf: InputLeaf, generator: torch.Generator) -> torch.Tensor:

@@ -168,11 +168,30 @@ def test_timesteps_of_any_kind(kind: Callable[[int], Any]) -> None:
     assert len(model.transformed._lightcache.runtime.compiled) == 1
 
 
-@pytest.mark.xfail(reason="a Python int becomes an integer tensor, whose arithmetic is float32; Python's is float64")
 def test_a_number_computes_what_a_number_computes_in_eager() -> None:
+    """Not as an integer tensor does, whose arithmetic is float32: Python's is float64."""
+
     class Model(nn.Module):
         def forward(self, sample: torch.Tensor, timestep: float) -> torch.Tensor:
             return sample * (timestep * 0.1) ** 0.5
+
+    model = Model().eval()
+    transformed = lc.transform(model)
+    for time in range(1, 40):
+        assert torch.equal(transformed(latent(0), time), model(latent(0), time)), time
+
+
+def test_a_whole_number_that_picks_a_row_stays_whole() -> None:
+    """What a float64 tensor cannot do, an integer tensor does."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Embedding(50, 4)
+
+        def forward(self, sample: torch.Tensor, timestep: int) -> torch.Tensor:
+            row = self.rows(torch.as_tensor(timestep)) if timestep is not None else self.rows.weight[0]
+            return sample * row.sum()
 
     model = Model().eval()
     transformed = lc.transform(model)

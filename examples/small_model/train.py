@@ -19,8 +19,6 @@ from examples.small_model.fit import FitOptions, Run, fit
 from examples.small_model.sprites import NUM_FRAMES
 
 NUM_TRAINING_CLIPS = 4096
-NUM_LATENT_CLIPS = 1536
-"""How many of them are encoded for the U-Net."""
 NUM_HELDOUT_CLIPS = 64
 BATCH_CLIPS = 4
 VAE_IMAGES = 8
@@ -166,8 +164,8 @@ def train_unet(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 1,
-    steps: int = 1550,
-    decay_steps: int = 350,
+    steps: int = 6600,
+    decay_steps: int = 2200,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
 ) -> None:
@@ -175,8 +173,7 @@ def train_unet(
     torch.set_num_threads(threads)
     frames, heldout_frames = _frames(folder, seed, threads)
     vae = image_vae(folder, frames)
-    encoded = data.FramePool(frames.pixels[:NUM_LATENT_CLIPS], frames.motion_bucket_ids[:NUM_LATENT_CLIPS])
-    pool = data.load_latent_pool(vae, encoded, seed, folder / "data" / "latents-train.safetensors")
+    pool = data.load_latent_pool(vae, frames, seed, folder / "data" / f"latents-{seed}-{len(frames.pixels)}.safetensors")
     heldout = data.encode_pool(vae, heldout_frames, seed + data.HELDOUT_SEED_OFFSET)
     torch.manual_seed(seed)
     options = FitOptions(
