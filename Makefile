@@ -15,10 +15,10 @@ ARGS  ?=
 JOBS  ?= 2
 STAGES ?= vae unet export
 
-.PHONY: help setup test demo check lint types format bench train golden clean
+.PHONY: help setup test demo check lint types format bench bench-gpu train golden clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  ARGS='...' is passed on to pytest or to the script; JOBS=n sets pytest's workers."
 
 setup: $(STAMP) ## Create .venv and install the package with all its tools
@@ -69,6 +69,10 @@ golden: $(STAMP) ## Record the golden files again (read the diff before you comm
 
 bench: $(STAMP) ## Run benchmarks/denoise.py
 	@$(BIN)/python -m benchmarks.denoise $(ARGS)
+
+bench-gpu: $(STAMP) ## Measure on a GPU (CUDA) all that there is to measure; CPU results stay
+	@$(BIN)/python -m benchmarks.denoise --device cuda --dtype float16 --full-size $(ARGS)
+	@$(BIN)/python -m benchmarks.plans --out benchmarks/results/plans-cuda.json
 
 train: $(STAMP) ## Train the small video model (resumes from its checkpoints; STAGES='unet export')
 	@for stage in $(STAGES); do $(BIN)/python -m examples.small_model.train $$stage $(ARGS); done

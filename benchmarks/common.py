@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,52 @@ def in_turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
             yield index, name
 
 
-def seconds_of(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
+def usable_device(name: str) -> str:
+    """The name of a device that can be measured on here, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it names none, or one that torch does not see.
+    """
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d*))?", name):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {name!r}")
+    count = 0 if name == "cpu" else torch.cuda.device_count()
+    if name != "cpu" and not count:
+        raise argparse.ArgumentTypeError(f"expected cpu, because torch {torch.__version__} sees no GPU, got {name!r}")
+    if name != "cpu" and (torch.device(name).index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"expected cpu, or cuda:0 to cuda:{count - 1}, got {name!r}")
+    return name
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds_of(function: Callable[[], object], device: torch.device = CPU) -> float:
+    """Wall time of one call, until `device` has done what the call gave it to do, and of nothing given before."""
+    synchronize(device)
     begin = time.perf_counter()
     function()
+    synchronize(device)
     return time.perf_counter() - begin
 
 
-def microseconds_of(function: Callable[[], object], repeats: int = 30) -> Spread:
+def microseconds_of(function: Callable[[], object], repeats: int = 30, device: torch.device = CPU) -> Spread:
     """Wall time of each of `repeats` calls, after one that does not count."""
     function()
-    return Spread.of(1e6 * seconds_of(function) for _ in range(repeats))
+    return Spread.of(1e6 * seconds_of(function, device) for _ in range(repeats))
+
+
+@contextmanager
+def device_peak(device: torch.device, peaks: list[int]) -> Iterator[None]:
+    """Append the most bytes that tensors on a CUDA device held inside; on a CPU append nothing."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    yield
+    peaks.append(torch.cuda.max_memory_allocated(device))
 
 
 @dataclass(frozen=True)
@@ -113,9 +151,9 @@ class Goal:
         return f"{self.sense} {self.limit:.3g}: {'met' if self.met else 'not met'}"
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on: versions, threads, processor. No host name, no path."""
-    return {
+def environment(device: torch.device = CPU) -> dict[str, Any]:
+    """What a figure depends on: versions, threads, processor, and the GPU if it was one. No host name, no path."""
+    facts = {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "lightcache-fx")},
         "threads": torch.get_num_threads(),
@@ -123,6 +161,10 @@ def environment() -> dict[str, Any]:
         "processor": next(iter(_processors()), platform.machine()),
         "system": platform.system(),
     }
+    if device.type != "cuda":
+        return facts
+    cudnn = torch.backends.cudnn.version()
+    return facts | {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "cudnn": cudnn}
 
 
 def _processors() -> list[str]:
@@ -179,6 +221,11 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result for people to diff."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, allow_nan=True) + "\n", encoding="utf-8")
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:

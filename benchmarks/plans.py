@@ -23,7 +23,15 @@ from rich.console import Console
 from torch import nn
 
 import lightcache_fx as lc
-from benchmarks.common import RESULTS, environment, fake_models, peak_process_bytes, print_rows, write_json
+from benchmarks.common import (
+    RESULTS,
+    environment,
+    fake_models,
+    markdown_table,
+    peak_process_bytes,
+    print_rows,
+    write_json,
+)
 from lightcache_fx.cuts import CutChoice
 from lightcache_fx.plan import format_bytes
 from lightcache_fx.policy import Cut
@@ -230,8 +238,7 @@ def rows_of(models: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def as_markdown(models: Mapping[str, Any]) -> str:
     """The table of plans, and where it differs from what was measured before."""
     lines = ["# Plans of full-size models", "", "By `python -m benchmarks.plans`: float16, fake tensors, no weights."]
-    lines += ["", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows_of(models)]
+    lines += ["", *markdown_table(COLUMNS, rows_of(models))]
     lines += [
         "",
         "Beside the figures measured before the planner existed:",

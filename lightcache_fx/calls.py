@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.errors import ArgumentError
@@ -26,7 +27,8 @@ _CONSTANTS = (
 )  # fmt: skip
 
 _STEP_NAMES = frozenset({"t", "sigma", "sigmas"})
-_LATENT_NAMES = frozenset({"sample", "x", "latents", "latent"})
+_LATENT_NAMES = frozenset({"sample", "x", "z", "latents", "latent"})
+_POSITIONAL = "args"  # an unnamed positional argument is called by its place: args0
 
 
 def default_rate(parameter: str, *, first: bool) -> Rate:
@@ -65,7 +67,11 @@ class TensorType(NamedTuple):
 
 @dataclass(frozen=True)
 class CallLayout:
-    """The tree of a call without its tensors. Equal layouts of equal tensor types share one capture."""
+    """The tree of a call without its tensors. Equal layouts of equal tensor types share one capture.
+
+    Attributes:
+        method: which method of the module is called: `forward`, or `decode` and `encode` of an autoencoder.
+    """
 
     spec: pytree.TreeSpec = field(hash=False)
     constants: tuple[tuple[int, object], ...] = field(compare=False)
@@ -74,6 +80,7 @@ class CallLayout:
     positions: tuple[int, ...]
     tensor_types: tuple[TensorType, ...]
     numbers: tuple[tuple[int, type[int] | type[float]], ...] = ()  # which leaves were Python numbers, and of which kind
+    method: str = "forward"
 
     @property
     def integers(self) -> frozenset[int]:
@@ -98,6 +105,11 @@ class Call:
     layout: CallLayout
     tensors: tuple[torch.Tensor, ...]
 
+    def run(self, module: nn.Module, tensors: Sequence[torch.Tensor] | None = None) -> object:
+        """Run the eager model as the caller would have, hooks of the root aside; with other `tensors` if given."""
+        args, kwargs = self.as_given(tensors)
+        return method_of(module, self.layout.method)(module, *args, **kwargs)
+
     def as_given(self, tensors: Sequence[torch.Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The `(args, kwargs)` that the caller wrote, Python numbers included; with other `tensors` if there are any."""
         kinds = dict(self.layout.numbers)
@@ -109,27 +121,34 @@ class Call:
         return tuple(t for t, leaf in zip(self.tensors, self.layout.leaves, strict=True) if leaf.rate == rate)
 
 
+def method_of(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A method of the module's class, unbound: what stands on the instance (hooks of the root) runs around it."""
+    found: Callable[..., Any] = getattr(type(module), name)
+    return found
+
+
 class CallReader:
-    """Reads calls of one `forward` method.
+    """Reads calls of one method.
 
     Args:
-        forward: the unbound method, `self` first.
+        module: whose calls.
         rates: declared rates by parameter name; they override `default_rate`.
-        owner: the name of the model's class, for messages.
+        method: its name.
 
     Raises:
-        ArgumentError: a rate names a parameter that `forward` does not have.
+        ArgumentError: a rate names a parameter that the method does not have.
     """
 
-    def __init__(self, forward: Callable[..., Any], *, rates: Mapping[str, Rate], owner: str) -> None:
-        self.owner = owner
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    def __init__(self, module: nn.Module, *, rates: Mapping[str, Rate], method: str = "forward") -> None:
+        self.owner = owner = type(module).__name__
+        self.method = method
+        parameters = list(inspect.signature(method_of(module, method)).parameters.values())[1:]
         self._signature = inspect.Signature(parameters)
         names = [p.name for p in parameters]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         unknown = [name for name in rates if name not in names and not takes_any]
         if unknown:
-            raise ArgumentError(f"rates: {owner}.forward has no parameter {unknown[0]!r}; it has {', '.join(names)}")
+            raise ArgumentError(f"rates: {owner}.{method} has no parameter {unknown[0]!r}; it has {', '.join(names)}")
         self._rates = {name: rates.get(name, default_rate(name, first=i == 0)) for i, name in enumerate(names)}
         self._declared = dict(rates)
 
@@ -164,6 +183,8 @@ class CallReader:
                 leaves.append(InputLeaf(name, parameter, rate))
                 tensors.append(leaf)
                 positions.append(position)
+            elif isinstance(leaf, torch.Generator):  # a graph that draws from it is refused, for it differs from eager
+                constants.append((position, None))
             elif isinstance(leaf, _CONSTANTS):
                 constants.append((position, leaf))
             else:
@@ -175,16 +196,19 @@ class CallReader:
                 )
         types = tuple(_tensor_type(tensor) for tensor in tensors)
         keys = tuple((p, type(value), repr(value) if isinstance(value, slice) else value) for p, value in constants)
-        layout = CallLayout(spec, tuple(constants), keys, tuple(leaves), tuple(positions), types, tuple(as_number))
+        layout = CallLayout(
+            spec, tuple(constants), keys, tuple(leaves), tuple(positions), types, tuple(as_number), self.method
+        )
         return Call(layout, tuple(tensors))
 
     def _rate_of(self, parameter: str) -> Rate:
-        return self._rates.get(parameter) or self._declared.get(parameter) or default_rate(parameter, first=False)
+        known = self._rates.get(parameter) or self._declared.get(parameter)
+        return known or default_rate(parameter, first=parameter == f"{_POSITIONAL}0")
 
     def _name_of(self, path: tuple[Any, ...], positional: list[str]) -> tuple[str, str]:
         """`(parameter, printable name)` of a leaf; `**kwargs` and `*args` entries count as parameters of their own."""
         side, key = path[0].idx, path[1]
-        parameter = (positional[key.idx] if key.idx < len(positional) else f"args{key.idx}") if side == 0 else key.key
+        parameter = (positional[key.idx] if key.idx < len(positional) else f"{_POSITIONAL}{key.idx}") if side == 0 else key.key
         return parameter, parameter + pytree.keystr(path[2:])
 
 

@@ -96,12 +96,11 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
         vars(module).pop("forward", None)  # an offload hook around the drop-in, which is what calls us
         try:
             if not fake:
-                args, kwargs = call.as_given()
-                type(module).forward(module, *args, **kwargs)  # hooks of the root run around the drop-in
+                call.run(module)
             written = [name for name, buffer, version, _ in buffers if buffer._version != version]
             if written:
                 raise CaptureError(
-                    f"forward of {type(module).__name__} writes to its buffer {written[0]}; a step must be pure"
+                    f"{call.layout.method} of {type(module).__name__} writes to its buffer {written[0]}; a step must be pure"
                 )
             attempt = _Attempt(module, call, tuple(mark), fake, weights)
             captured = attempt.by_all_routes()

@@ -34,6 +34,14 @@ class CutError(LightcacheError, ValueError):
     """A cut names something that the captured graph does not have, or that cannot be kept from step to step."""
 
 
+class BudgetError(LightcacheError, ValueError):
+    """A memory budget is below what chunking can reach."""
+
+
+class RegionError(LightcacheError, ValueError):
+    """A region names something that the captured graph does not have, or an axis that cannot be cut."""
+
+
 class ScheduleError(LightcacheError, ValueError):
     """A schedule does not fit the run it is used in."""
 
@@ -44,6 +52,10 @@ class TransformError(LightcacheError, ValueError):
 
 class PassError(LightcacheError, RuntimeError):
     """A graph pass broke its contract: a fault of this package, not of the caller."""
+
+
+class AxisRuleError(LightcacheError, RuntimeError):
+    """A rule of `axis_rules` built a chunk of the wrong shape: a fault of this package, not of the caller."""
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,13 +18,14 @@ from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, TransformError
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
-from lightcache_fx.program import Program
+from lightcache_fx.program import Program, with_chunks
 from lightcache_fx.runs import branch_name
 from lightcache_fx.runtime import Runtime
 from lightcache_fx.views import second_view
 
 M = TypeVar("M", bound=nn.Module)
 _UNTRANSFORMED = Policy()
+_AUTOENCODER_METHODS = ("decode", "encode")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,13 @@ class _Added:
     """What a transformed module has beside its original's attributes."""
 
     original: nn.Module
-    runtime: Runtime
+    policy: Policy
+    runtimes: Mapping[str, Runtime]
+
+    @property
+    def runtime(self) -> Runtime:
+        """That of the main method: forward, or an autoencoder's decode."""
+        return next(iter(self.runtimes.values()))
 
 
 class TransformedModule(nn.Module):
@@ -52,7 +59,7 @@ class TransformedModule(nn.Module):
             yield
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return transform(copy.deepcopy(self._lightcache.original, memo), self._lightcache.runtime.policy)
+        return transform(copy.deepcopy(self._lightcache.original, memo), self._lightcache.policy)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TransformError(
@@ -116,8 +123,15 @@ def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
             f" and some cache"
             f" helpers do that); remove these hooks first, and enable them on the transformed module"
         )
-    runtime = Runtime(module, policy)
-    return second_view(module, _module_mixin(type(module)), _Added(module, runtime))
+    methods = _AUTOENCODER_METHODS if is_autoencoder(module) else ("forward",)
+    applied = policy.of_autoencoder() if is_autoencoder(module) else policy
+    runtimes = {method: Runtime(module, applied, method) for method in methods}
+    return second_view(module, _module_mixin(type(module), methods), _Added(module, policy, runtimes))
+
+
+def is_autoencoder(module: nn.Module) -> bool:
+    """Whether a module is used through `decode` and `encode` and not through its forward."""
+    return all(callable(getattr(type(module), name, None)) for name in _AUTOENCODER_METHODS)
 
 
 def _forward_is_replaced(module: nn.Module) -> bool:
@@ -129,14 +143,18 @@ def _forward_is_replaced(module: nn.Module) -> bool:
     return found is not None
 
 
-def _module_mixin(cls: type[nn.Module]) -> type[TransformedModule]:
-    """The mixin with a `forward` that shows the signature of the original's, since pipelines inspect it."""
+def _module_mixin(cls: type[nn.Module], methods: Sequence[str]) -> type[TransformedModule]:
+    """The mixin with methods that show the signatures of the original's, since pipelines inspect them."""
 
-    @functools.wraps(cls.forward)
-    def forward(self: TransformedModule, *args: Any, **kwargs: Any) -> Any:
-        return self._lightcache.runtime(args, kwargs)
+    def by_programs(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(cls, name))
+        def method(self: TransformedModule, *args: Any, **kwargs: Any) -> Any:
+            return self._lightcache.runtimes[name](args, kwargs)
 
-    return type("TransformedModule", (TransformedModule,), {"__slots__": (), "forward": forward})
+        return method
+
+    namespace = {name: by_programs(name) for name in methods}
+    return type("TransformedModule", (TransformedModule,), {"__slots__": (), **namespace})
 
 
 def restore_module(module: M) -> M:
@@ -152,23 +170,30 @@ def restore_module(module: M) -> M:
     return original  # type: ignore[no-any-return]
 
 
-def runtime_of(module: nn.Module) -> Runtime:
-    """The runtime of a transformed module."""
+def runtime_of(module: nn.Module, method: str | None = None) -> Runtime:
+    """The runtime of a transformed module's method, by default of its main one."""
     _check_module("inspect", module)
     if not isinstance(module, TransformedModule):
         raise TransformError(
             f"inspect: this {type(module).__name__} is not transformed; call lightcache_fx.transform on it"
         )
-    return module._lightcache.runtime
+    runtimes = module._lightcache.runtimes
+    if method is not None and method not in runtimes:
+        raise ArgumentError(f"inspect: {type(module).__name__} runs {', '.join(runtimes)} by programs, not {method!r}")
+    return module._lightcache.runtime if method is None else runtimes[method]
 
 
-def inspect(module: nn.Module) -> Report:
+def inspect(module: nn.Module, method: str | None = None) -> Report:
     """Programs, plan and counters of a transformed module.
+
+    Args:
+        module: that `transform` returned.
+        method: `forward`, or `decode` or `encode` of an autoencoder; by default forward or decode.
 
     Raises:
         TransformError: it is not transformed, or has not been called yet.
     """
-    runtime = runtime_of(module)
+    runtime = runtime_of(module, method)
     latest = runtime.latest()
     return Report(
         plan=latest.plan,
@@ -182,7 +207,10 @@ def inspect(module: nn.Module) -> Report:
 
 def reset(module: nn.Module) -> None:
     """Forget the calling thread's run: slots and hoisted values are freed, and the next call begins a run."""
-    runtime_of(module).tracker.reset()
+    runtime_of(module)
+    assert isinstance(module, TransformedModule)
+    for runtime in module._lightcache.runtimes.values():
+        runtime.tracker.reset()
 
 
 def plan(
@@ -190,6 +218,8 @@ def plan(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     policy: Policy = _UNTRANSFORMED,
+    *,
+    method: str | None = None,
 ) -> Plan:
     """What `transform` would do for one call.
 
@@ -200,16 +230,21 @@ def plan(
         args: the call's positional arguments, of the same kind.
         kwargs: its keyword arguments.
         policy: as for `transform`.
+        method: which method is called; by default forward, or an autoencoder's decode.
 
     Raises:
-        CaptureError, CutError, ScheduleError, ArgumentError: as the transformed module would on its first call.
+        CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError: as the transformed module would on its first call.
     """
     _check_module("plan", module)
     if isinstance(module, TransformedModule):
         module = module._lightcache.original
-    reader = CallReader(type(module).forward, rates=policy.rates, owner=type(module).__name__)
+    if method is None:
+        method = "decode" if is_autoencoder(module) else "forward"
+    policy = policy.of_autoencoder() if is_autoencoder(module) else policy
+    reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
-    return make_plan(capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked), policy, module)
+    captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
+    return with_chunks(captured, make_plan(captured, policy, module))
 
 
 def _check_module(function: str, module: object) -> None:

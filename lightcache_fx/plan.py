@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,9 @@ from lightcache_fx.hoisting import HoistPlan, plan_hoisting
 from lightcache_fx.passes.split_run_invariants import split_run_invariants
 from lightcache_fx.policy import Policy
 from lightcache_fx.schedule import Schedule
+
+if TYPE_CHECKING:
+    from lightcache_fx.chunk_planner import ChunkPlan
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Plan:
         full_flops: FLOPs of a full step after hoisting.
         weight_bytes: bytes of the weights that the model reads.
         notes: what a user should know before trusting the result.
+        chunks: the regions of each program, where the policy asks for chunks or a budget.
     """
 
     model: str
@@ -44,6 +49,7 @@ class Plan:
     full_flops: int
     weight_bytes: int
     notes: tuple[str, ...] = ()
+    chunks: Mapping[str, ChunkPlan] = field(default_factory=dict)
 
     @property
     def kept_bytes(self) -> int:
@@ -70,6 +76,7 @@ class Plan:
             "full": {"flops": self.full_flops, "weight_bytes": self.weight_bytes},
             "reuse": None if cut is None else {"flops": cut.reuse_flops, "weight_bytes": cut.reuse_weight_bytes},
             "cut": None if cut is None else {"label": cut.label, "kept_bytes": cut.kept_bytes, "slots": len(cut.slots)},
+            "chunks": {name: _chunk_facts(chunk) for name, chunk in self.chunks.items()},
             "notes": list(self.notes),
         }
 
@@ -90,7 +97,12 @@ class Plan:
                 format_bytes(self.cut.reuse_weight_bytes),
                 "",
             )
-        return [programs, _candidate_table(self.candidates, self.full_flops)] if self.candidates else [programs]
+        tables = [programs]
+        if self.chunks:
+            tables += [_peak_table(self.chunks), _region_table(self.chunks)]
+        if self.candidates:
+            tables.append(_candidate_table(self.candidates, self.full_flops))
+        return tables
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, force_terminal=False, highlight=False)
@@ -100,6 +112,38 @@ class Plan:
             console.print(f"note: {note}")
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return str(text).rstrip()
+
+
+def _chunk_facts(chunk: ChunkPlan) -> dict[str, Any]:
+    return {
+        "peak_before": chunk.peak_before,
+        "peak_after": chunk.peak_after,
+        "budget": chunk.budget,
+        "overhead": chunk.overhead,
+        "limit_node": chunk.limit_node,
+        "split_norms": len(chunk.split_norms),
+        "regions": [f"{r.first} .. {r.last}: {r.axis} in {r.count} chunks" for r in chunk.regions],
+    }
+
+
+def _peak_table(chunks: Mapping[str, ChunkPlan]) -> Table:
+    table = Table(title="activations", title_justify="left")
+    for column in ("program", "peak before", "peak after", "budget", "regions", "predicted overhead", "peak left at"):
+        table.add_column(column, justify="left" if column in ("program", "peak left at") else "right")
+    for name, chunk in chunks.items():
+        sizes = map(format_bytes, (chunk.peak_before, chunk.peak_after, chunk.budget))
+        table.add_row(name, *sizes, str(len(chunk.regions)), f"{chunk.overhead:.1%}", f"%{chunk.limit_node}")
+    return table
+
+
+def _region_table(chunks: Mapping[str, ChunkPlan]) -> Table:
+    table = Table(title="regions", title_justify="left")
+    for column in ("program", "from", "to", "cut", "chunks"):
+        table.add_column(column, justify="right" if column == "chunks" else "left", overflow="fold")
+    for name, chunk in chunks.items():
+        for region in chunk.regions:
+            table.add_row(name, f"%{region.first}", f"%{region.last}", str(region.axis), str(region.count))
+    return table
 
 
 def _candidate_table(candidates: tuple[CutChoice, ...], full_flops: int) -> Table:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
@@ -144,6 +144,68 @@ def _cut_of_mapping(value: Mapping[object, object]) -> object:
     raise ValueError(f"expected {{residual: {{first, last}}}} or {{auto: {{max_kept_bytes}}}}, got keys {list(value)}")
 
 
+class Region(_Settings):
+    """One region that is cut as the user says: all calls of `module`, along dimension `axis` of what it returns.
+
+    Attributes:
+        module: its path, `up_blocks.3.attentions.1.transformer_blocks.0.ff` say.
+        axis: dimension of its (last) result; negative ones count from the end.
+        size: positions of that dimension in a chunk.
+    """
+
+    module: str
+    axis: int
+    size: Annotated[int, pydantic.Field(ge=1)]
+
+
+class Chunk(_Settings):
+    """Regions that run chunk by chunk, exactly: float rounding apart, results do not change.
+
+    Attributes:
+        budget: the most bytes that the activations of one program may take: everything that a step allocates, without
+            weights, the call's inputs and what is kept between steps.
+        regions: explicit regions, applied before the budget is looked at.
+    """
+
+    budget: Bytes | None = None
+    regions: list[Region] = pydantic.Field(default_factory=list)
+
+    @pydantic.field_validator("regions", mode="before")
+    @classmethod
+    def _read_regions(cls, value: object) -> object:
+        return [_read(Region, item) for item in value] if isinstance(value, list | tuple) else value
+
+    @pydantic.model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.budget is None and not self.regions:
+            raise ValueError("expected a budget in bytes, such as '1.5GiB', or regions; got neither")
+        return self
+
+
+class Decode(_Settings):
+    """How an autoencoder decodes (and encodes): as a loop over slices, exact in all cases unless told otherwise.
+
+    Attributes:
+        frames: so many images or frames at a time, where they do not depend on each other; the default when no budget
+            is given is 1. Autoencoders whose frames do are refused; give a budget, which cuts space instead.
+        budget: the most bytes that activations may take; slices are chosen, of frames or strips of space, to keep it.
+        frame_by_frame: decode each frame by itself although frames depend on each other (the LightCache paper's
+            slicing of temporal decoders): approximate, another picture. Only for models that take `num_frames`.
+    """
+
+    frames: Annotated[int, pydantic.Field(ge=1)] | None = None
+    budget: Bytes | None = None
+    frame_by_frame: bool = False
+
+
+S = TypeVar("S", bound=_Settings)
+
+
+def _read(kind: type[S], value: object) -> object:
+    """A mapping as settings of its kind; anything else comes back as it is, for pydantic to judge."""
+    return kind(**{str(key): item for key, item in value.items()}) if isinstance(value, Mapping) else value
+
+
 class Policy(_Settings):
     """Everything the user asks of `transform`. `Policy()` is lossless: bitwise equal to the eager model.
 
@@ -152,6 +214,9 @@ class Policy(_Settings):
         hoist: run values that depend only on the prompt, image or size once a generation (lossless).
         max_hoisted_bytes: how many bytes hoisted values may hold; None takes 2 % of the weights, at least 16 MiB.
         rates: how often an input changes, by parameter name of the model's forward, where the default is wrong.
+        chunk: cut large regions into chunks, to a budget for the activations of a step, or as told.
+        decode: how autoencoders are run; None leaves them whole (or as `chunk` or `memory_budget` say).
+        memory_budget: bytes for everything on the device: weights, kept and hoisted values, and activations.
         max_signatures: how many captures (sizes, guidance layouts, adapters) are held before the oldest is dropped.
     """
 
@@ -159,6 +224,9 @@ class Policy(_Settings):
     hoist: bool = True
     max_hoisted_bytes: Bytes | None = None
     rates: dict[str, Rate] = pydantic.Field(default_factory=dict)
+    chunk: Chunk | None = None
+    decode: Decode | None = None
+    memory_budget: Bytes | None = None
     max_signatures: Annotated[int, pydantic.Field(ge=1)] = 8
 
     @pydantic.field_validator("cache", mode="before")
@@ -170,6 +238,29 @@ class Policy(_Settings):
             keys = ", ".join(Cache.model_fields)
             raise ValueError(f"expected a Cache, or a mapping with the keys {keys}, got {value!r}")
         return value
+
+    @pydantic.field_validator("chunk", mode="before")
+    @classmethod
+    def _read_chunk(cls, value: object) -> object:
+        if value is not None and not isinstance(value, Chunk | Mapping):
+            keys = ", ".join(Chunk.model_fields)
+            raise ValueError(f"expected a Chunk, or a mapping with the keys {keys}, got {value!r}")
+        return _read(Chunk, value)
+
+    @pydantic.field_validator("decode", mode="before")
+    @classmethod
+    def _read_decode(cls, value: object) -> object:
+        if value is not None and not isinstance(value, Decode | Mapping):
+            keys = ", ".join(Decode.model_fields)
+            raise ValueError(f"expected a Decode, or a mapping with the keys {keys}, got {value!r}")
+        return _read(Decode, value)
+
+    def of_autoencoder(self) -> Policy:
+        """What of this policy applies to an autoencoder: nothing that is about denoising steps."""
+        chunk = self.chunk
+        if self.decode is not None:
+            chunk = Chunk(budget=self.decode.budget) if self.decode.budget is not None else None
+        return self.model_copy(update={"cache": None, "hoist": False, "rates": {}, "chunk": chunk})
 
     @classmethod
     def deepcache(cls, interval: int = 3, branch: int = 0) -> Policy:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,17 +12,22 @@ import torch
 from torch import fx, nn
 
 from lightcache_fx.capture import Capture
+from lightcache_fx.chunk_planner import ChunkPlan, plan_chunks
 from lightcache_fx.cuts import Slot
+from lightcache_fx.errors import BudgetError
 from lightcache_fx.flops import total_flops
-from lightcache_fx.graphs import GraphInput, copy_graph, input_of, num_bytes, outputs, placeholders
+from lightcache_fx.graphs import GraphInput, copy_graph, describe, input_of, num_bytes, outputs, placeholders
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.passes.base import Pass, run_passes
+from lightcache_fx.passes.chunk_regions import chunk_regions
 from lightcache_fx.passes.read_cache import read_cache
 from lightcache_fx.passes.remove_dead_code import remove_dead_code
 from lightcache_fx.passes.remove_marks import remove_marks
+from lightcache_fx.passes.split_group_norm import group_norms, split_group_norm
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
-from lightcache_fx.plan import Plan
+from lightcache_fx.plan import Plan, format_bytes
+from lightcache_fx.policy import Region
 
 
 @dataclass(frozen=True)
@@ -58,18 +64,95 @@ class Program:
 
 def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
     """Carry out a plan: the captured graph becomes `full`, and `prologue` and `reuse` where the plan asks for them."""
-    slots = plan.cut.slots if plan.cut is not None else ()
     num_outputs = len(outputs(capture.graph_module.graph))
     programs = {}
-    if plan.hoist.values:
-        prologue = prologue_of(capture.graph_module.graph, plan=plan.hoist)
-        run_passes(prologue, [("remove_marks", remove_marks)])
-        programs["prologue"] = _program("prologue", capture, prologue, num_outputs=0)
-    for name, passes in _pipelines(plan, slots).items():
-        graph, _ = copy_graph(capture.graph_module.graph)
-        run_passes(graph, passes, keeps_outputs=name != "full")
-        programs[name] = _program(name, capture, graph, num_outputs=num_outputs)
+    for name, graph in _whole_graphs(capture, plan).items():
+        if name in plan.chunks:
+            run_passes(graph, _chunking(plan.chunks[name]))
+        programs[name] = _program(name, capture, graph, num_outputs=0 if name == "prologue" else num_outputs)
     return programs
+
+
+def with_chunks(capture: Capture, plan: Plan) -> Plan:
+    """The plan with the regions of each of its programs, where its policy asks for chunks or has a budget.
+
+    Raises:
+        BudgetError: a program's peak stays above the budget whatever is cut.
+        RegionError: an explicit region that does not exist in any program, or that cannot be cut.
+    """
+    policy = plan.policy
+    if policy.chunk is None and policy.memory_budget is None:
+        return plan
+    regions = policy.chunk.regions if policy.chunk is not None else []
+    chunks = {}
+    for name, graph in _whole_graphs(capture, plan).items():
+        graph_module = fx.GraphModule(_modules(capture, graph), graph)
+        chunks[name] = plan_program(graph_module.graph, _budget(plan, name), regions if name != "prologue" else ())
+        if not chunks[name].fits:
+            raise BudgetError(_explain_floor(plan, name, chunks[name], graph))
+    return replace(plan, chunks=chunks)
+
+
+def plan_program(graph: fx.Graph, budget: int | None, regions: Sequence[Region] = ()) -> ChunkPlan:
+    """Regions for one program; GroupNorms are split only where the budget cannot be kept without."""
+    plain = plan_chunks(graph, budget, regions)
+    norms = group_norms(graph)
+    if plain.fits or not norms:
+        return plain
+    split, _ = copy_graph(graph)
+    split.owning_module = graph.owning_module
+    run_passes(split, [("split_group_norm", partial(split_group_norm, names=norms))])
+    found = plan_chunks(split, budget, regions)
+    if found.peak_after >= plain.peak_after:
+        return plain
+    return replace(found, split_norms=tuple(norms), peak_before=plain.peak_before)
+
+
+def _budget(plan: Plan, name: str) -> int | None:
+    """Bytes for the activations of a program."""
+    asked = plan.policy.chunk.budget if plan.policy.chunk is not None else None
+    if plan.policy.memory_budget is None:
+        return asked
+    held = plan.weight_bytes + plan.hoist.num_bytes + (plan.kept_bytes if name == "reuse" else 0)
+    left = plan.policy.memory_budget - held
+    if left <= 0:
+        raise BudgetError(
+            f"memory_budget: {format_bytes(plan.policy.memory_budget)} is less than the {format_bytes(held)} that"
+            f" {plan.model} holds beside activations: weights {format_bytes(plan.weight_bytes)}, hoisted values"
+            f" {format_bytes(plan.hoist.num_bytes)}, cached values {format_bytes(plan.kept_bytes)}; raise it, load the"
+            f" model in half precision, or offload it"
+        )
+    return left if asked is None else min(left, asked)
+
+
+def _explain_floor(plan: Plan, name: str, chunk: ChunkPlan, graph: fx.Graph) -> str:
+    limit = next((describe(node) for node in graph.nodes if node.name == chunk.limit_node), f"%{chunk.limit_node}")
+    return (
+        f"budget: the activations of {plan.model}'s {name} program cannot be cut to {format_bytes(chunk.budget)}; the"
+        f" least that chunking reaches is {format_bytes(chunk.peak_after)} (from {format_bytes(chunk.peak_before)}),"
+        f" set by {limit}; raise the budget to that, or make the latent smaller"
+    )
+
+
+def _whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
+    """The programs' graphs before anything is chunked."""
+    slots = plan.cut.slots if plan.cut is not None else ()
+    graphs = {}
+    if plan.hoist.values:
+        graphs["prologue"] = prologue_of(capture.graph_module.graph, plan=plan.hoist)
+        run_passes(graphs["prologue"], [("remove_marks", remove_marks)])
+    for name, passes in _pipelines(plan, slots).items():
+        graphs[name], _ = copy_graph(capture.graph_module.graph)
+        run_passes(graphs[name], passes, keeps_outputs=name != "full")
+    return graphs
+
+
+def _chunking(chunk: ChunkPlan) -> list[tuple[str, Pass]]:
+    """The passes that carry out a chunk plan, in order."""
+    return [
+        ("split_group_norm", partial(split_group_norm, names=chunk.split_norms)),
+        ("chunk_regions", partial(chunk_regions, regions=chunk.regions)),
+    ]
 
 
 def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, Pass]]]:
@@ -88,8 +171,19 @@ def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, P
 
 
 def _program(name: str, capture: Capture, graph: fx.Graph, *, num_outputs: int) -> Program:
-    graph_module = fx.GraphModule(capture.graph_module, graph, class_name=name.capitalize())
+    graph_module = fx.GraphModule(_modules(capture, graph), graph, class_name=name.capitalize())
     return Program(name, graph_module, tuple(map(input_of, placeholders(graph))), num_outputs)
+
+
+def _modules(capture: Capture, graph: fx.Graph) -> dict[str, Any]:
+    """What a graph's nodes call by name: the capture's opaque submodules and subgraphs, and chunked regions."""
+    return {
+        str(node.target): node.meta["lightcache_region"]
+        if "lightcache_region" in node.meta
+        else operator.attrgetter(str(node.target))(capture.graph_module)
+        for node in graph.nodes
+        if node.op in ("call_module", "get_attr")
+    }
 
 
 class BoundProgram:

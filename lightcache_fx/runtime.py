@@ -18,7 +18,7 @@ from lightcache_fx.errors import TransformError
 from lightcache_fx.module_state import ModuleState
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
-from lightcache_fx.program import BoundProgram, Program, build_programs
+from lightcache_fx.program import BoundProgram, Program, build_programs, with_chunks
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
 
 log = logging.getLogger(__name__)
@@ -46,16 +46,17 @@ class Runtime:
     Args:
         module: the user's module, in evaluation mode when it is called.
         policy: what to do with it.
+        method: which of its methods to run by programs.
 
     Raises:
         ArgumentError: the policy's rates name a parameter that `forward` does not have.
         CutError: the policy cuts at a module path that does not exist.
     """
 
-    def __init__(self, module: nn.Module, policy: Policy) -> None:
+    def __init__(self, module: nn.Module, policy: Policy, method: str = "forward") -> None:
         self.module = module
         self.policy = policy
-        self.reader = CallReader(type(module).forward, rates=policy.rates, owner=type(module).__name__)
+        self.reader = CallReader(module, rates=policy.rates, method=method)
         self.marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
         self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
         self.counts: Counter[str] = Counter()
@@ -101,7 +102,7 @@ class Runtime:
 
     def _build(self, call: Call) -> Compiled:
         captured = capture(self.module, call, mark=self.marked)
-        plan = make_plan(captured, self.policy, self.module)
+        plan = with_chunks(captured, make_plan(captured, self.policy, self.module))
         for note in plan.notes:
             log.warning("%s", note)
         programs = build_programs(captured, plan)

@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind as ExportInput
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
-from lightcache_fx.calls import CallLayout
+from lightcache_fx.calls import CallLayout, method_of
 from lightcache_fx.errors import ArgumentError, CaptureError
 from lightcache_fx.graphs import GraphInput, schema_of
 from lightcache_fx.marks import Mark, marked_modules
@@ -53,8 +53,9 @@ class FlatCall(nn.Module):
         """Call the model with the tensors where they belong; what else it returns goes to the record."""
         own = [tensor.to(torch.int64) if i in self.whole else tensor for i, tensor in enumerate(tensors)]
         args, kwargs = self.layout.rebuild(own)
+        method = method_of(self.model, self.layout.method)
         with marked_modules(self.model, self.marked) as self.record.marks:
-            flat, self.record.spec = pytree.tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
+            flat, self.record.spec = pytree.tree_flatten(method(self.model, *args, **kwargs))
         found = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         self.record.constants = tuple((i, leaf) for i, leaf in enumerate(flat) if not isinstance(leaf, torch.Tensor))
         for _, value in self.record.constants:

@@ -82,9 +82,8 @@ def run_graph(capture: Capture, module: nn.Module, tensors: Sequence[torch.Tenso
 
 def _eager(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """The eager model's output tensors; None when it does not accept varied inputs."""
-    args, kwargs = call.as_given([t.clone() for t in tensors])
     try:
-        output = type(module).forward(module, *args, **kwargs)
+        output = call.run(module, [t.clone() for t in tensors])
     except (RuntimeError, ValueError, IndexError):
         if all(a is b for a, b in zip(tensors, call.tensors, strict=True)):
             raise

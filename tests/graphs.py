@@ -126,7 +126,7 @@ def captured(
     """Capture `model(*args, **kwargs)`; with `normalized=False` as export left it."""
     module = model if isinstance(model, nn.Module) else as_module(model)
     owner = type(module).__name__
-    call = CallReader(type(module).forward, rates=rates or {}, owner=owner).read(args, kwargs)
+    call = CallReader(module, rates=rates or {}).read(args, kwargs)
     with contextlib.nullcontext() if normalized else _raw():
         return Captured(module, call, capture_module.capture(module, call, mark=mark))
 

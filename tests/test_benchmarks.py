@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -15,7 +17,18 @@ from rich.console import Console
 
 import lightcache_fx as lc
 from benchmarks import denoise, plans
-from benchmarks.common import Goal, Spread, environment, fake_models, in_turns, pairwise_ratio, tensor_bytes, write_json
+from benchmarks.common import (
+    Goal,
+    Spread,
+    device_peak,
+    environment,
+    fake_models,
+    in_turns,
+    pairwise_ratio,
+    seconds_of,
+    tensor_bytes,
+    write_json,
+)
 
 TINY = denoise.Setting(
     channels=(32, 32),
@@ -23,7 +36,7 @@ TINY = denoise.Setting(
     layers=1,
     context=8,
     frames=2,
-    size=8,
+    size=(8, 8),
     steps=5,
     interval=2,
     cycles=2,
@@ -124,11 +137,241 @@ def test_denoise_reports_every_figure():
     text = console.file.getvalue()
     assert "share of the FLOP bound" in text
     assert "at most 1.02" in text
+    assert "peak on the device" not in text  # a CPU has no such figure
+
+    measured = result | {
+        "environment": result["environment"] | {"gpu": "Some GPU"},
+        "device_peak": {"deepcache_bytes": Spread.of([2**20, 3 * 2**20]).as_dict()},
+    }
+    page = denoise.as_markdown(measured)
+    assert page.startswith("# Denoising on Some GPU\n")
+    assert "| peak on the device: deepcache | 2.0 MiB | 1.0 MiB to 3.0 MiB |" in page
+    assert "at most 1.02: " in page
+    assert "[red]" not in page
+    assert "[/]" not in page
 
 
 def test_the_quick_setting_is_the_same_unet():
     quick = denoise.Setting().quick()
-    assert replace(quick, frames=8, size=32, cycles=8, rounds=3) == denoise.Setting()
+    assert replace(quick, frames=8, size=(32, 32), cycles=8, rounds=3) == denoise.Setting()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Let torch see a number of GPUs, whatever there is."""
+    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [
+        ("tpu", 1, "expected cpu, cuda or cuda:N, got 'tpu'"),
+        ("cuda:", 1, "expected cpu, cuda or cuda:N, got 'cuda:'"),
+        ("cuda:-1", 1, "expected cpu, cuda or cuda:N, got 'cuda:-1'"),
+        ("cuda", 0, "sees no GPU, got 'cuda'"),
+        ("cuda:2", 2, "expected cpu, or cuda:0 to cuda:1, got 'cuda:2'"),
+    ],
+)
+def test_an_absent_device_is_refused_before_any_work(name, count, message, gpus, monkeypatch, capsys):
+    gpus(count)
+    monkeypatch.setattr(denoise, "run", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(SystemExit) as stopped:
+        denoise.main(["--device", name])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "argument --device: " in error
+    assert message in error
+
+
+@pytest.mark.parametrize(("name", "count"), [("cpu", 0), ("cuda", 1), ("cuda:0", 1), ("cuda:1", 2)])
+def test_a_device_that_is_there_is_taken(name, count, gpus):
+    gpus(count)
+    setting = denoise.read_options(["--device", name, "--dtype", "float16"]).setting
+    assert setting.place() == (torch.device(name), torch.float16)
+
+
+def test_the_default_is_the_cpu_in_float32():
+    default = denoise.read_options([]).setting
+    assert default == denoise.Setting()
+    assert default == denoise.read_options(["--device", "cpu", "--dtype", "float32"]).setting
+    assert default.place() == (torch.device("cpu"), torch.float32)
+    assert denoise.read_options(["--quick", "--rounds", "5"]).setting == replace(default, rounds=5).quick()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--full-size"], "argument --full-size: expected --device cuda or cuda:N with it, got cpu"),
+        (["--full-size", "--quick"], "not allowed with argument"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--steps", "1"], "--interval and --steps are at least 2"),
+    ],
+)
+def test_other_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        denoise.read_options(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_full_size_is_the_one_that_is_planned(monkeypatch):
+    made = []
+
+    def record(**config):
+        made.append(config)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(denoise, "UNetSpatioTemporalConditionModel", record)
+    monkeypatch.setattr(plans.diffusers, "UNetSpatioTemporalConditionModel", record)
+    setting = replace(denoise.Setting().full_size(), device="meta")
+    denoise.build_unet(setting)
+    inputs = plans.svd_xt()[1]
+    for key in ("block_out_channels", "num_attention_heads", "layers_per_block", "cross_attention_dim", "num_frames"):
+        assert made[0][key] == made[1][key], key
+    video = denoise.Video(setting)
+    assert video.sample().shape == inputs["sample"].shape
+    assert video.context.shape == inputs["encoder_hidden_states"].shape
+    assert video.time_ids.shape == inputs["added_time_ids"].shape
+
+
+def test_make_bench_gpu_asks_for_what_there_is(gpus):
+    gpus(1)
+    recipe = (Path(__file__).parent.parent / "Makefile").read_text().partition("\nbench-gpu:")[2].partition("\n\n")[0]
+    arguments = re.search(r"benchmarks\.denoise (.*) \$\(ARGS\)", recipe)[1].split()
+    expected = replace(denoise.Setting(), device="cuda", dtype="float16").full_size()
+    assert denoise.read_options(arguments).setting == expected
+    assert "plans.json" not in recipe
+
+
+def test_model_and_inputs_are_on_the_device_in_the_dtype(monkeypatch):
+    setting = replace(TINY, device="meta", dtype="bfloat16")
+    place = {(torch.device("meta"), torch.bfloat16)}
+    unet, video = denoise.build_unet(setting), denoise.Video(setting)
+    assert {(weight.device, weight.dtype) for weight in unet.parameters()} == place
+    inputs = (video.noise, video.image, video.context, video.time_ids, video.sample())
+    assert {(tensor.device, tensor.dtype) for tensor in inputs} == place
+    assert video.timestep(3.0).device == torch.device("meta")
+    output = video.predict(unet, video.noise, video.timestep())
+    assert {(output.device, output.dtype)} == place
+
+    asked = []
+    monkeypatch.setattr(
+        denoise.EulerDiscreteScheduler, "set_timesteps", lambda _, steps, device: asked.append((steps, device))
+    )
+    video.scheduler()
+    assert asked == [(TINY.steps, torch.device("meta"))]
+
+
+def test_every_dtype_gets_the_same_noise():
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, TINY.frames, 4, 8, 8, generator=draw)
+    assert torch.equal(denoise.Video(TINY).noise, noise)
+    assert torch.equal(denoise.Video(replace(TINY, dtype="float16")).noise, noise.half())
+
+
+def test_timing_waits_for_the_device_before_and_after(monkeypatch):
+    events = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", events.append)
+    seconds_of(lambda: events.append("call"), torch.device("cuda:1"))
+    assert events == [torch.device("cuda:1"), "call", torch.device("cuda:1")]
+    seconds_of(lambda: events.append("call"))
+    assert events[3:] == ["call"]
+
+
+def _fake_memory(monkeypatch, events):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append("reset peak"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + len(events))
+
+
+def test_a_peak_is_of_what_ran_inside(monkeypatch):
+    events, peaks = [], []
+    _fake_memory(monkeypatch, events)
+    with device_peak(torch.device("cuda"), peaks):
+        events.append("work")
+    assert (events, peaks) == (["reset peak", "work"], [1002])
+    with device_peak(torch.device("cpu"), peaks):
+        pass
+    assert (events, peaks) == (["reset peak", "work"], [1002])
+
+
+def test_loops_on_a_device_are_measured_apart(monkeypatch):
+    """Everything that a GPU adds, with the plain U-Net in the place of ours and the device's functions faked."""
+    events = []
+    _fake_memory(monkeypatch, events)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    monkeypatch.setattr(denoise.lc, "reset", lambda module: events.append("reset run"))
+    monkeypatch.setattr(denoise.lc, "inspect", lambda module: SimpleNamespace(kept_bytes=7, hoisted_bytes=5))
+    unet, video, on_cpu = denoise.build_unet(TINY), denoise.Video(TINY), denoise.Video(TINY)
+    video.device, video.scheduler = torch.device("cuda"), on_cpu.scheduler
+    with torch.no_grad():
+        times = denoise.time_loops(unet, unet, video, TINY)
+    assert events == ["reset run", "reset peak"] * 3 * TINY.rounds
+    peaks = times.device_peaks()
+    assert {name: len(spread.values) for name, spread in peaks.items()} == {
+        "plain_bytes": TINY.rounds,
+        "lightcache_fx_bytes": TINY.rounds,
+        "deepcache_bytes": TINY.rounds,
+    }
+    assert peaks["plain_bytes"].values == (1002, 1012)  # first of the first round, last of the second
+    assert (times.kept_bytes, times.hoisted_bytes) == (7, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_denoise_on_a_gpu(dtype):
+    result = denoise.run(replace(TINY, device="cuda", dtype=dtype), QUIET)
+    assert result["environment"]["gpu"]
+    weights = result["setting"]["parameters"] * (4 if dtype == "float32" else 2)
+    assert set(result["device_peak"]) == {"plain_bytes", "lightcache_fx_bytes", "deepcache_bytes"}
+    for peak in result["device_peak"].values():
+        assert peak["count"] == TINY.rounds
+        assert peak["min"] > weights
+    assert result["kept"]["hoisted_bytes"] > 0
+    assert "peak on the device: lightcache_fx" in denoise.as_markdown(result)
+
+
+def test_a_copy_shares_the_weights_and_nothing_else():
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    copied = denoise.sharing_copy(layer)
+    assert copied[0] is not layer[0]
+    for name, weight in (*layer.named_parameters(), *layer.named_buffers()):
+        assert dict((*copied.named_parameters(), *copied.named_buffers()))[name] is weight
+    copied[0].forward = None
+    assert layer[0].forward is not None
+
+
+def test_devices_write_files_of_their_own(monkeypatch, tmp_path, gpus):
+    gpus(1)
+    monkeypatch.setattr(denoise, "RESULTS", tmp_path)
+    monkeypatch.setattr(denoise, "print_result", lambda *_: None)
+    monkeypatch.setattr(denoise, "as_markdown", lambda result: "a table")
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(
+        denoise,
+        "run",
+        lambda setting, _: {"setting": {"device": setting.device}, "loops": {"difference_from_deepcache": 0.0}},
+    )
+
+    def written(*arguments):
+        before = set(tmp_path.iterdir())
+        denoise.main(arguments)
+        return {path.name for path in set(tmp_path.iterdir()) - before}
+
+    assert written("--quick") == set()
+    assert written() == {"denoise.json"}
+    assert written("--dtype", "bfloat16") == {"denoise-cpu-bfloat16.json"}
+    assert written("--device", "cuda:0", "--dtype", "float16") == {"denoise-cuda.json", "denoise-cuda.md"}
+    assert json.loads((tmp_path / "denoise.json").read_text())["setting"]["device"] == "cpu"
+    assert written("--device", "cuda", "--out", str(tmp_path / "own.json")) == {"own.json", "own.md"}
+
+
+def test_the_environment_names_the_gpu(monkeypatch):
+    assert "gpu" not in environment()
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: asked.append(device) or "Some GPU")
+    assert environment(torch.device("cuda:1"))["gpu"] == "Some GPU"
+    assert asked == [torch.device("cuda:1")]
+    assert environment(torch.device("cuda:1")).keys() - environment().keys() == {"gpu", "cuda", "cudnn"}
 
 
 def _tiny_unet():

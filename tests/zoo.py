@@ -8,7 +8,6 @@ Shapes in comments: B batch (guidance included), F frames, C channels, H height,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,8 @@ from diffusers.models.embeddings import (
 )
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from benchmarks.common import randomize
 
 Inputs = dict[str, Any]
 
@@ -91,20 +92,6 @@ def run_inputs(make_inputs: Callable[..., Inputs], seed: int, num_steps: int) ->
         return initial if unchanged else current
 
     return [first, *(pytree.tree_map(share, first, make_inputs(seed, step)) for step in range(1, num_steps))]
-
-
-def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Give every parameter a random value, so that no zero-initialised gate or projection hides its branch."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / math.sqrt(parameter[0].numel()))
-            elif name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            else:
-                parameter.copy_(0.2 * noise)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

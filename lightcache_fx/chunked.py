@@ -1,0 +1,271 @@
+"""A region as one module of a program's graph: the bodies of its chunks, and the loop that runs them.
+
+Each output is allocated whole, and every chunk writes its part. A body is a static graph for a chunk's sizes; chunks of
+the same sizes and borders share one, so that there are a few bodies (first, inner, last, uneven) and not one a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import fx, nn
+
+from lightcache_fx.axes import Axis, Reach
+from lightcache_fx.axis_rules import build_local
+from lightcache_fx.graphs import GraphInput, describe
+from lightcache_fx.liveness import timeline
+from lightcache_fx.regions import Region, full_value, ranges_of
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Positions `[start, stop)` of input or output number `index` along `axis`; the whole of it where axis is None."""
+
+    index: int
+    axis: Axis | None
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One turn of the loop: which body, on which slices of the inputs, into which slices of the outputs."""
+
+    body: int
+    reads: tuple[Slice, ...]
+    writes: tuple[Slice, ...]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How an output is allocated."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> torch.Tensor:
+        """The output, not yet written."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+class ChunkedRegion(nn.Module):
+    """Runs a region chunk by chunk; its arguments are the region's inputs, its results the region's outputs.
+
+    Attributes:
+        label: what is cut, for the printed graph: `dim 0: [25] in 25 chunks`.
+        flops: of all chunks together, halos included.
+    """
+
+    def __init__(
+        self,
+        bodies: list[fx.GraphModule],
+        chunks: tuple[Chunk, ...],
+        outputs: tuple[Allocation, ...],
+        *,
+        label: str,
+        flops: int,
+    ) -> None:
+        super().__init__()
+        self.bodies = nn.ModuleList(bodies)
+        self.chunks = chunks
+        self.outputs = outputs
+        self.label = label
+        self.flops = flops
+        self._peaks: dict[int, int] = {}
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute the region's outputs."""
+        results = [output.empty() for output in self.outputs]
+        for chunk in self.chunks:
+            self._run(chunk, inputs, results)
+        return tuple(results)
+
+    def _run(self, chunk: Chunk, inputs: tuple[torch.Tensor, ...], results: list[torch.Tensor]) -> None:
+        """One turn; what it computed is freed before the next one begins."""
+        parts = self.bodies[chunk.body](*(_read(inputs[read.index], read) for read in chunk.reads))
+        for write, part in zip(chunk.writes, parts, strict=True):
+            _write(results[write.index], write, part)
+
+    def memory_peak(self, rounding: int) -> int:
+        """Bytes that the largest chunk takes beside the region's inputs and outputs."""
+        if rounding not in self._peaks:
+            graphs = [body.graph for body in self.bodies if isinstance(body, fx.GraphModule)]
+            self._peaks[rounding] = max(timeline(graph, cuda=rounding > 1).peak_bytes for graph in graphs)
+        return self._peaks[rounding]
+
+
+def _read(tensor: torch.Tensor, read: Slice) -> torch.Tensor:
+    return tensor if read.axis is None else read.axis.narrow(tensor, read.start, read.stop)
+
+
+def _write(result: torch.Tensor, write: Slice, part: torch.Tensor) -> None:
+    axis = write.axis
+    assert axis is not None
+    if axis.outer == 1:
+        axis.narrow(result, write.start, write.stop).copy_(part)
+        return
+    factors = (axis.outer, -1, axis.inner)
+    target = result.unflatten(axis.dim, factors).narrow(axis.dim + 1, write.start, write.stop - write.start)
+    target.copy_(part.unflatten(axis.dim, factors))
+
+
+def build_region(region: Region, count: int, flops_of: dict[fx.Node, int]) -> ChunkedRegion:
+    """The module that computes a region in `count` chunks.
+
+    Args:
+        region: as `trace_region` found it.
+        count: at most the number of positions.
+        flops_of: FLOPs of the whole body's nodes, from which those of the chunks are taken in proportion.
+    """
+    bodies: dict[Hashable, tuple[int, fx.GraphModule]] = {}
+    chunks = []
+    flops = Fraction(0)
+    for index in range(count):
+        ranges = ranges_of(region, index, count)
+        flops += sum(
+            (Fraction(flops_of.get(n, 0) * (stop - start), region.axes[n].size) for n, (start, stop) in ranges.items()),
+            Fraction(0),
+        )
+        reads = _reads(region, ranges)
+        key = _sizes_and_borders(region, ranges, index, count)
+        if key not in bodies:
+            bodies[key] = (len(bodies), _build_body(region, ranges, reads, index, count))
+        writes = tuple(
+            Slice(i, region.axes[node], *region.bounds(index, count, node)) for i, node in enumerate(region.outputs)
+        )
+        slices = tuple(
+            Slice(region.inputs.index(source), axis, start, stop) for (source, axis), (start, stop) in reads.items()
+        )
+        chunks.append(Chunk(bodies[key][0], slices, writes))
+    outputs = tuple(
+        Allocation(tuple(value.shape), value.stride(), value.dtype, value.device)
+        for value in map(full_value, region.outputs)
+    )
+    label = f"{region.axes[region.outputs[-1]]} in {count} chunks"
+    return ChunkedRegion([body for _, body in bodies.values()], tuple(chunks), outputs, label=label, flops=int(flops))
+
+
+_Reads = dict[tuple[fx.Node, Axis | None], tuple[int, int]]
+
+
+def _reads(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> _Reads:
+    """Which slices of the inputs a chunk reads; an input that is read along two axes, or also whole, is read so often."""
+    reads: _Reads = {}
+    for node in region.body:
+        for source, need in region.needs[node].items():
+            if source in region.axes:
+                continue
+            if need is None:
+                reads[source, None] = (0, 0)
+                continue
+            low, high = need.reach.of(*ranges[node], need.axis.size)
+            known = reads.get((source, need.axis), (low, high))
+            reads[source, need.axis] = (min(low, known[0]), max(high, known[1]))
+    return reads
+
+
+def _sizes_and_borders(region: Region, ranges: dict[fx.Node, tuple[int, int]], index: int, count: int) -> Hashable:
+    """Equal for two chunks exactly when the same body computes both.
+
+    A body depends on lengths, on where each read lies in what is there, on how far a need sticks out at either end
+    (padding), and on how a range lies to the grid of a scaled one.
+    """
+    key: list[Hashable] = []
+    reads = _reads(region, ranges)
+    for node in region.body:
+        start, stop = ranges[node]
+        key.append(stop - start)
+        for source, need in region.needs[node].items():
+            if need is None:
+                continue
+            low, high = need.reach.of(start, stop, need.axis.size)
+            have = ranges[source] if source in region.axes else reads[source, need.axis]
+            key += [low - have[0], high - low, have[1] - have[0], *_sticking_out(need.reach, start, stop, low, high)]
+    for node in region.outputs:
+        start, stop = region.bounds(index, count, node)
+        key += [start - ranges[node][0], stop - start]
+    return tuple(key)
+
+
+def _sticking_out(reach: Reach, start: int, stop: int, low: int, high: int) -> Iterator[Hashable]:
+    left, right = reach.unclamped(start, stop)
+    yield low - left
+    yield right - high
+    yield start * reach.scale % 1
+    yield stop * reach.scale % 1
+
+
+def _build_body(
+    region: Region, ranges: dict[fx.Node, tuple[int, int]], reads: _Reads, index: int, count: int
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    held: dict[tuple[fx.Node, Axis | None], tuple[fx.Node, int]] = {}  # what the body has, and from which position on
+    for (source, axis), (start, stop) in reads.items():
+        node = graph.placeholder(source.name)
+        node.meta["lightcache_input"] = GraphInput("user", source.name, "latent")
+        value = full_value(source)
+        node.meta["val"] = value if axis is None else _like(axis.narrow(value, start, stop))
+        held[source, axis] = (node, start)
+
+    def at(source: fx.Node, axis: Axis, start: int, stop: int) -> fx.Node:
+        node, begins = held[source, axis]
+        if (start - begins, stop - begins) == (0, axis_length(node, axis)):
+            return node
+        return narrow_node(graph, node, axis, start - begins, stop - begins)
+
+    for original in region.body:
+        start, stop = ranges[original]
+        local = {}
+        for source, need in region.needs[original].items():
+            if need is None:
+                local[source] = held[source, None][0]
+            else:
+                local[source] = at(source, need.axis, *need.reach.of(start, stop, need.axis.size))
+        axis = region.axes[original]
+        held[original, axis] = (build_local(graph, original, axis, start, stop, local), start)
+    graph.output(tuple(at(n, region.axes[n], *region.bounds(index, count, n)) for n in region.outputs))
+    return fx.GraphModule(nn.Module(), graph, class_name="Body")
+
+
+def axis_length(node: fx.Node, axis: Axis) -> int:
+    """How many positions of an axis a chunk's value has."""
+    value = node.meta["val"]
+    tensor = value if isinstance(value, torch.Tensor) else value[0]
+    return int(tensor.shape[axis.dim]) // (axis.outer * axis.inner)
+
+
+def narrow_node(graph: fx.Graph, node: fx.Node, axis: Axis, start: int, stop: int) -> fx.Node:
+    """Append what takes positions `[start, stop)` of a chunk's value."""
+    aten = torch.ops.aten
+    value: torch.Tensor = node.meta["val"]
+
+    def call(target: torch._ops.OpOverload, *args: object) -> fx.Node:
+        new = graph.call_function(target, args)  # type: ignore[arg-type]
+        with torch.no_grad():
+            new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))  # type: ignore[arg-type]
+        new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        return new
+
+    if axis.outer == 1:
+        return call(aten.slice.Tensor, node, axis.dim, start * axis.inner, stop * axis.inner)
+    shape = list(value.shape)
+    split = [*shape[: axis.dim], axis.outer, axis_length(node, axis), axis.inner, *shape[axis.dim + 1 :]]
+    joined = [*shape[: axis.dim], axis.local_extent(stop - start), *shape[axis.dim + 1 :]]
+    taken = call(aten.slice.Tensor, call(aten.reshape.default, node, split), axis.dim + 1, start, stop)
+    return call(aten.reshape.default, taken, joined)
+
+
+def _like(view: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of a slice's layout that shares no storage with the whole."""
+    with torch.no_grad():
+        return view.new_empty_strided(view.shape, view.stride())
+
+
+def describe_region(region: Region) -> str:
+    """For messages and tables: what is cut, from where to where."""
+    return f"{describe(region.body[0])} .. {describe(region.body[-1])}"

@@ -1,0 +1,56 @@
+"""How long an operation takes, roughly: the slower of its arithmetic and its memory traffic, plus its launch.
+
+Used to compare plans with each other, never as a promise of milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lightcache_fx.graphs import is_view, num_bytes, tensors_of
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does in a second, as dense matrix products and large copies reach it.
+
+    Attributes:
+        flops: a multiply-add counts as two.
+        bytes: read or written.
+        launch: seconds that an operation costs at least.
+    """
+
+    flops: float
+    bytes: float
+    launch: float
+
+    def seconds(self, flops: float, num_bytes: float) -> float:
+        """One operation."""
+        return max(flops / self.flops, num_bytes / self.bytes) + self.launch
+
+
+CPU = Machine(flops=5e10, bytes=1e10, launch=5e-6)
+"""Two cores of a server."""
+GPU_HALF = Machine(flops=4e14, bytes=2.5e12, launch=4e-6)
+"""NVIDIA H100, 16-bit matrix products; its data sheet has 9.9e14 FLOP/s dense and 3.35e12 bytes/s at most."""
+GPU_FLOAT = Machine(flops=5e13, bytes=2.5e12, launch=4e-6)
+"""The same, float32 without TF32."""
+
+
+def machine_of(graph: fx.Graph) -> Machine:
+    """The machine that a graph's values are made for, by device and dtype; 16-bit ones are taken to be for a GPU."""
+    tensors = [tensor for node in graph.nodes for tensor in tensors_of(node) if tensor.is_floating_point()]
+    half = sum(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) * 2 > len(tensors)
+    if half:
+        return GPU_HALF
+    return GPU_FLOAT if any(tensor.device.type == "cuda" for tensor in tensors) else CPU
+
+
+def traffic(node: fx.Node) -> tuple[int, int]:
+    """Bytes that a call writes, and that it reads; none for a view."""
+    if is_view(node):
+        return 0, 0
+    return num_bytes(node), sum(map(num_bytes, node.all_input_nodes))

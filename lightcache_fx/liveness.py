@@ -1,0 +1,419 @@
+"""Liveness: the peak memory of a program, from its graph alone.
+
+The graph is run once with fake tensors, as the code that `fx` generates for it would run: a value dies after the line
+that uses it last. What lives is storages, not values, so views, in-place operators and calls that return their argument
+cost nothing, and what a composite operator allocates within one node is counted while it lives. Nothing is guessed from
+shapes but the workspaces of leaf kernels, see `lightcache_fx.workspaces`.
+"""
+
+from __future__ import annotations
+
+import io
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightcache_fx.graphs import concrete_size, input_of, is_mark, module_path
+from lightcache_fx.plan import format_bytes
+from lightcache_fx.workspaces import attention_on_cuda, workspace_bytes
+
+_CUDA_BLOCK = 512  # c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize
+_FOREVER = 2**62
+_LINEAR = torch.ops.aten.linear.default
+
+
+@runtime_checkable
+class HasWorkspace(Protocol):
+    """A module called from a graph that says what it needs while it runs."""
+
+    def memory_peak(self, rounding: int) -> int:
+        """Bytes of its temporaries at their peak, outputs excluded; every allocation rounded up to `rounding` bytes."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One storage that a program allocates, or the workspace of one kernel.
+
+    Attributes:
+        node: whose call allocates it.
+        num_bytes: as the allocator rounds it.
+        born: when, on the clock of the timeline, which counts operator calls.
+        died: the first moment without it.
+        workspace: whether it lives inside one kernel only.
+    """
+
+    node: fx.Node
+    num_bytes: int
+    born: int
+    died: int
+    workspace: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call.
+
+    Attributes:
+        node: the call.
+        before: bytes live when it begins.
+        peak: the most bytes live while it runs: those live, its workspace, its temporaries and its outputs.
+        after: bytes live when it is done and what it used last is freed.
+        peak_at: when the peak is, on the timeline's clock.
+        ended: when it is done, on the timeline's clock.
+    """
+
+    node: fx.Node
+    before: int
+    peak: int
+    after: int
+    peak_at: int
+    ended: int
+
+
+@dataclass(frozen=True)
+class LocalPeak:
+    """The most that a module's calls reach.
+
+    Attributes:
+        node: the call that reaches it.
+        module: the innermost module of that call.
+        num_bytes: live then.
+        largest: the largest storages live then, largest first.
+    """
+
+    node: fx.Node
+    module: str
+    num_bytes: int
+    largest: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What one run of a program allocates, call by call.
+
+    All bytes are those of activations, which the run itself allocates; its outputs are live to the end. What the caller
+    holds (weights, call inputs, slots, hoisted values, constants) is live throughout and counted apart.
+
+    Attributes:
+        steps: one for each call, in order.
+        peak_bytes: the most that is live at once.
+        peak_node: the call during which it is, or None for a program that allocates nothing.
+        held_bytes: bytes of the inputs by kind: weight, constant, user, slot, hoisted.
+        blocks: everything that is allocated.
+        assumed: calls that cannot run with fake tensors; they count as one fresh storage for each output.
+    """
+
+    steps: tuple[Step, ...]
+    peak_bytes: int
+    peak_node: fx.Node | None
+    held_bytes: Mapping[str, int]
+    blocks: tuple[Block, ...]
+    assumed: tuple[fx.Node, ...]
+
+    def live_at(self, moment: int) -> list[Block]:
+        """What is live at a moment, largest first."""
+        live = [block for block in self.blocks if block.born <= moment < block.died]
+        return sorted(live, key=lambda block: -block.num_bytes)
+
+    def by_module(self, limit: int | None = None) -> list[LocalPeak]:
+        """The peak of each module's own calls, highest first; at most `limit` rows."""
+        highest: dict[str, Step] = {}
+        for step in self.steps:
+            known = highest.setdefault(module_path(step.node), step)
+            if step.peak > known.peak:
+                highest[module_path(step.node)] = step
+        rows = sorted(highest.items(), key=lambda item: -item[1].peak)[:limit]
+        return [LocalPeak(step.node, path, step.peak, tuple(self.live_at(step.peak_at)[:3])) for path, step in rows]
+
+    def table(self, limit: int = 10) -> Table:
+        """A rich table of `by_module`."""
+        held = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in self.held_bytes.items())
+        where = f" at %{self.peak_node.name}" if self.peak_node is not None else ""
+        title = f"activation peak {format_bytes(self.peak_bytes)}{where}; held: {held or 'nothing'}"
+        table = Table(title=title, title_justify="left")
+        for column in ("module", "call", "live", "largest then"):
+            table.add_column(column, justify="right" if column == "live" else "left", overflow="fold")
+        for row in self.by_module(limit):
+            largest = ", ".join(_describe(block) for block in row.largest)
+            table.add_row(row.module, f"%{row.node.name}", format_bytes(row.num_bytes), largest)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, force_terminal=False, highlight=False)
+        console.print(self.table())
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return str(text).rstrip()
+
+
+def _describe(block: Block) -> str:
+    return f"%{block.node.name}{' (workspace)' if block.workspace else ''} {format_bytes(block.num_bytes)}"
+
+
+def timeline(graph: fx.Graph, *, cuda: bool | None = None) -> Timeline:
+    """Predict what a run of `graph` allocates, from its placeholders' shapes; nothing is computed.
+
+    Args:
+        graph: placeholders have `lightcache_input` bindings and `val` metadata.
+        cuda: predict for a CUDA device (its kernels, and sizes rounded up to 512 bytes as its caching allocator does),
+            or for the CPU; by default whichever the values are on. On CUDA only what is on the device counts.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return _Run(graph, cuda).timeline()
+
+
+class _Run:
+    """A graph's one run with fake tensors."""
+
+    def __init__(self, graph: fx.Graph, cuda: bool | None) -> None:
+        self.graph = graph
+        values = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
+        on_cuda = any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in values)
+        self.kind = "cuda" if (on_cuda if cuda is None else cuda) else "cpu"
+        self.moves = (cuda is not None and cuda != on_cuda) or not on_cuda  # else values stay on the devices they are on
+        self.rounding = _CUDA_BLOCK if self.kind == "cuda" else 1
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.tracker = _Tracker(self.kind, self.rounding)
+        self.assumed: list[fx.Node] = []
+
+    def timeline(self) -> Timeline:
+        held: dict[str, int] = {}
+        arguments = []
+        with self.mode:
+            for node in self.graph.nodes:
+                if node.op == "placeholder":
+                    value = self.fake(node.meta.get("val"))
+                    kind = input_of(node).kind
+                    held[kind] = held.get(kind, 0) + self.tracker.hold(value)
+                    arguments.append(value)
+            steps: list[Step] = []
+            with self.tracker:
+                returned = self.run(self.graph, arguments, steps)
+        blocks = self.tracker.close()
+        del returned
+        highest = max(steps, key=lambda step: step.peak, default=None)
+        peak = highest.peak if highest is not None else 0
+        where = highest.node if highest is not None and peak else None
+        return Timeline(tuple(steps), peak, where, held, blocks, tuple(self.assumed))
+
+    def run(self, graph: fx.Graph, arguments: Sequence[Any], steps: list[Step] | None) -> Any:
+        """Run a graph as its generated code does, arguments held by the caller; steps are noted for the outermost."""
+        inputs = iter(arguments)
+        values: dict[fx.Node, Any] = {}
+        last_uses = _last_uses(graph)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(inputs)
+            elif node.op == "get_attr":
+                values[node] = self.attribute(node)
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], values.__getitem__)
+            else:
+                before = self.tracker.begin(node) if steps is not None else 0
+                values[node] = self.call(node, values)
+                for used in last_uses.get(node, ()):
+                    if used.op != "placeholder":
+                        values[used] = None
+                if steps is not None:
+                    peak, peak_at = self.tracker.end()
+                    steps.append(Step(node, before, peak, self.tracker.live, peak_at, self.tracker.now))
+        return None
+
+    def call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "call_module":
+            return self.call_module(node, args)
+        if is_mark(node):
+            return args[0]
+        if _has_symbols(node.meta.get("val")):
+            return self.fresh(node)
+        if self.moves:
+            args, kwargs = pytree.tree_map_only(torch.device, self.device, (args, kwargs))
+        target: Any = node.target
+        if self.kind == "cuda" and target is torch.ops.aten.scaled_dot_product_attention.default:
+            outputs, extra = attention_on_cuda(*args, **kwargs)
+            if outputs is not None:
+                self.tracker.note(outputs, extra)
+                return outputs
+        try:
+            return target(*args, **kwargs)
+        except (NotImplementedError, UnsupportedFakeTensorException):  # higher-order operators; no fake kernel
+            self.assumed.append(node)
+            return self.fresh(node)
+
+    def call_module(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        owner = node.graph.owning_module
+        assert owner is not None
+        module = owner.get_submodule(str(node.target))
+        if isinstance(module, HasWorkspace):
+            return self.fresh(node, module.memory_peak(self.rounding))
+        if isinstance(module, fx.GraphModule):
+            return self.run(module.graph, args, None)
+        self.assumed.append(node)
+        return self.fresh(node)
+
+    def fresh(self, node: fx.Node, workspace: int = 0) -> Any:
+        """New storages for a call's outputs, by its metadata."""
+        outputs = self.fake(node.meta.get("val"))
+        self.tracker.note(outputs, workspace)
+        return outputs
+
+    def attribute(self, node: fx.Node) -> Any:
+        found: Any = node.graph.owning_module
+        for name in str(node.target).split("."):
+            found = getattr(found, name)
+        value = self.fake(found)
+        self.tracker.hold(value)
+        return value
+
+    def fake(self, tree: Any) -> Any:
+        """Fake tensors of the same sizes and strides, each in a storage of its own."""
+        return pytree.tree_map(self.fake_leaf, tree)
+
+    def fake_leaf(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            sizes, strides = ([concrete_size(n) for n in given] for given in (value.shape, value.stride()))
+            device = self.device(value.device) if self.moves else value.device
+            with self.tracker.paused():
+                return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
+        if isinstance(value, torch.SymInt):
+            return concrete_size(value)
+        return value
+
+    def device(self, _: torch.device) -> torch.device:
+        return torch.device(self.kind)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """What dies after each call: what it uses last, and its own value where nobody uses it.
+
+    Source: `delete_unused_values` in torch/fx/graph.py, which writes `x = None` behind the call.
+    """
+    found: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        dying = [used for used in node.all_input_nodes if used not in seen]
+        seen.update(dying)
+        found[node] = dying if node.users else [*dying, node]
+    return found
+
+
+def _has_symbols(tree: Any) -> bool:
+    return any(
+        isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool)
+        or (isinstance(leaf, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in leaf.shape))
+        for leaf in pytree.tree_leaves(tree)
+    )
+
+
+class _Tracker(TorchDispatchMode):
+    """Sees every operator that allocates, and every storage that dies."""
+
+    def __init__(self, kind: str, rounding: int) -> None:
+        super().__init__()
+        self.kind, self.rounding = kind, rounding
+        self.live = 0
+        self.now = 0
+        self._peak, self._peak_at = 0, 0
+        self._node: fx.Node | None = None
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self._open: dict[int, tuple[fx.Node, int, int]] = {}  # storage: whose, bytes, born
+        self._blocks: list[Block] = []
+        self._paused = False
+        self._closed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        kwargs = kwargs or {}
+        if self._node is not None and self._node.target is _LINEAR and func is torch.ops.aten.add.Tensor:
+            func = torch.ops.aten.add_.Tensor  # out of place only for tensor subclasses, native/Linear.cpp
+        outputs = func(*args, **kwargs)
+        if not self._paused and func.namespace != "prim":
+            self.note(outputs, workspace_bytes(func, args, kwargs, outputs, self.kind))
+        return outputs
+
+    def hold(self, tree: Any) -> int:
+        """Count storages as the caller's; returns their bytes."""
+        total = 0
+        for tensor in _tensors(tree):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._watch(storage)
+                total += storage.nbytes()
+        return total
+
+    def note(self, outputs: Any, workspace: int) -> None:
+        """One kernel: storages not seen before are its new ones."""
+        self.now += 1
+        assert self._node is not None
+        for tensor in _tensors(outputs):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._known:
+                self._watch(storage)
+                if tensor.device.type == self.kind:
+                    size = -(-storage.nbytes() // self.rounding) * self.rounding
+                    self._open[key] = (self._node, size, self.now)
+                    self.live += size
+        if workspace:
+            self._blocks.append(Block(self._node, workspace, self.now, self.now + 1, workspace=True))
+        if self.live + workspace > self._peak:
+            self._peak, self._peak_at = self.live + workspace, self.now
+
+    def _watch(self, storage: Any) -> None:
+        key = storage._cdata
+        # The Python object of a storage lives as long as the storage itself.
+        self._known[key] = weakref.ref(storage, lambda _: self._died(key))
+
+    def _died(self, key: int) -> None:
+        if self._closed:
+            return
+        del self._known[key]
+        if key in self._open:
+            node, size, born = self._open.pop(key)
+            self.live -= size
+            self._blocks.append(Block(node, size, born, self.now + 1))
+
+    def begin(self, node: fx.Node) -> int:
+        self._node = node
+        self._peak, self._peak_at = self.live, self.now
+        return self.live
+
+    def end(self) -> tuple[int, int]:
+        return self._peak, self._peak_at
+
+    def paused(self) -> _Pause:
+        return _Pause(self)
+
+    def close(self) -> tuple[Block, ...]:
+        """Everything allocated; deaths are no longer noted."""
+        self._closed = True
+        self._blocks += [Block(node, size, born, _FOREVER) for node, size, born in self._open.values()]
+        return tuple(sorted(self._blocks, key=lambda block: block.born))
+
+
+class _Pause:
+    """While entered, what is allocated is the caller's own bookkeeping."""
+
+    def __init__(self, tracker: _Tracker) -> None:
+        self._tracker = tracker
+
+    def __enter__(self) -> None:
+        self._tracker._paused = True
+
+    def __exit__(self, *_: object) -> None:
+        self._tracker._paused = False
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

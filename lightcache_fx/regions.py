@@ -1,0 +1,207 @@
+"""Which nodes can run chunk by chunk: a cut of a region's outputs, followed back through its nodes to its inputs.
+
+A region is a set of nodes whose outputs are computed over ranges of one axis, one range after the other. `trace_region`
+walks back from the outputs by the rules of `axis_rules`. A value that somebody needs whole (the keys of self-attention
+when its queries are cut, a time embedding) stays outside and is computed once, before; a cut reader of it reads a slice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from lightcache_fx.axes import Axis, Need
+from lightcache_fx.axis_rules import CannotCut, needs_of
+from lightcache_fx.graphs import tensors_of
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A region before its chunks are chosen.
+
+    Attributes:
+        body: the nodes that are computed chunk by chunk, in order.
+        axes: how each of them is cut.
+        outputs: those of them whose values are used outside, in order.
+        needs: for each node of the body, what it needs of each of its tensor inputs; None is the whole value.
+        inputs: values from outside that the body reads, in order of first use.
+        size: positions of the axis that counts the chunks, that of the last output.
+    """
+
+    body: tuple[fx.Node, ...]
+    axes: Mapping[fx.Node, Axis]
+    outputs: tuple[fx.Node, ...]
+    needs: Mapping[fx.Node, Mapping[fx.Node, Need | None]]
+    inputs: tuple[fx.Node, ...]
+    size: int
+
+    def bounds(self, index: int, count: int, node: fx.Node) -> tuple[int, int]:
+        """Positions of output `node` that chunk `index` of `count` makes; chunks differ by one position at most."""
+        size = self.axes[node].size
+        return index * size // count, (index + 1) * size // count
+
+
+class Blocked(Exception):
+    """The walk met an operation that cannot be cut so: `node`, the `axis` it was asked for, and why."""
+
+    def __init__(self, node: fx.Node, axis: Axis, error: CannotCut) -> None:
+        super().__init__(error.reason)
+        self.node, self.axis, self.alternatives = node, axis, error.alternatives
+
+
+@dataclass
+class _Walk:
+    """The state of a walk back through a stretch of nodes."""
+
+    members: frozenset[fx.Node]
+    axes: dict[fx.Node, Axis] = field(default_factory=dict)
+    whole: set[fx.Node] = field(default_factory=set)
+    needs: dict[fx.Node, dict[fx.Node, Need | None]] = field(default_factory=dict)
+
+    def cut(self, node: fx.Node, axis: Axis) -> None:
+        """Ask for `node` along `axis`; asked for along two axes, it is computed whole."""
+        if node in self.whole or node not in self.members:
+            return
+        if self.axes.setdefault(node, axis) != axis:
+            self.keep_whole(node)
+
+    def keep_whole(self, node: fx.Node) -> None:
+        """Leave `node` and what it is made from outside."""
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node in self.members and node not in self.whole:
+                self.whole.add(node)
+                self.axes.pop(node, None)
+                stack += node.all_input_nodes
+
+    def visit(self, node: fx.Node) -> None:
+        """Follow one cut node back to its inputs."""
+        try:
+            self.needs[node] = needs_of(node, self.axes[node])
+        except CannotCut as error:
+            raise Blocked(node, self.axes[node], error) from error
+        for source, need in self.needs[node].items():
+            if need is None:
+                self.keep_whole(source)
+            else:
+                self.cut(source, need.axis)
+
+
+def trace_region(stretch: Sequence[fx.Node], axis: Axis, *, seed: fx.Node | None = None) -> Region:
+    """The region that computes the values that leave `stretch`, a run of nodes in graph order, cut along `axis`.
+
+    Args:
+        stretch: nodes that may be computed chunk by chunk.
+        axis: how the seed is cut.
+        seed: the value that is cut first; by default the last one that leaves the stretch. Other values that leave are
+            cut as the walk finds them, or along an axis of as many positions that agrees with what they are made from.
+
+    Raises:
+        Blocked: an operation cannot be cut so, or an output can only be computed whole from values that are cut.
+    """
+    members = frozenset(stretch)
+    leaving = [node for node in stretch if tensors_of(node) and any(user not in members for user in node.users)]
+    seed = seed if seed is not None else leaving[-1]
+    several = next((node for node in leaving if not isinstance(node.meta["val"], torch.Tensor)), None)
+    if several is not None:
+        raise Blocked(several, axis, CannotCut("an operation with several results is parted from them"))
+    walk = _Walk(members)
+    walk.cut(seed, axis)
+    wanted = set(leaving)
+    # An output that only the walk from a later output reaches may be cut along another axis than it would be alone, so
+    # the outputs that nothing has reached are tried last first.
+    for node in reversed(stretch):
+        if node in wanted and node not in walk.axes and node not in walk.whole:
+            _cut_output(walk, node, axis.size)
+        if node in walk.axes:
+            walk.visit(node)
+    # What turned out to be needed whole leaves the region after its readers were visited; the needs of nodes that left
+    # do not count.
+    body = tuple(node for node in stretch if node in walk.axes and node not in walk.whole)
+    if seed in walk.whole or seed not in walk.axes:
+        raise Blocked(seed, axis, CannotCut("it is needed whole"))
+    inside = set(body)
+    outputs = tuple(node for node in leaving if node in inside)
+    for node in stretch:
+        if node not in inside and any(source in inside for source in node.all_input_nodes):
+            raise Blocked(node, axis, CannotCut("it is needed whole, but made from values that are cut"))
+    inputs = dict.fromkeys(source for node in body for source in walk.needs[node] if source not in inside)
+    return Region(
+        body=body,
+        axes={node: walk.axes[node] for node in body},
+        outputs=outputs,
+        needs={node: walk.needs[node] for node in body},
+        inputs=tuple(inputs),
+        size=axis.size,
+    )
+
+
+def _cut_output(walk: _Walk, node: fx.Node, size: int) -> None:
+    """Cut a further output along an axis on which it agrees with what is cut already."""
+    for axis in axes_of(node):
+        try:
+            needs = needs_of(node, axis)
+        except CannotCut:
+            continue
+        asked = {source: need for source, need in needs.items() if source in walk.members and source not in walk.whole}
+        agrees = all(need is not None and walk.axes.get(source, need.axis) == need.axis for source, need in asked.items())
+        if agrees and (axis.size == size or any(source in walk.axes for source in asked)):
+            walk.cut(node, axis)
+            return
+    walk.keep_whole(node)
+
+
+def finer_axes(seed: Axis, blocked: Blocked) -> list[Axis]:
+    """The seed's axes that cut only a factor of its positions, as the operation that blocked the walk suggests.
+
+    `(batch height width)` cannot be cut where it becomes `(batch, height width)`; `batch` or `height width` alone can.
+    """
+    if seed.size != blocked.axis.size:
+        return []
+    found = []
+    for finer in blocked.alternatives:
+        outer, inner = finer.outer // blocked.axis.outer, finer.inner // blocked.axis.inner
+        if finer.dim == blocked.axis.dim and outer * finer.size * inner == seed.size and 1 < finer.size < seed.size:
+            found.append(Axis(seed.dim, finer.size, seed.outer * outer, inner * seed.inner))
+    return found
+
+
+def axes_of(node: fx.Node) -> list[Axis]:
+    """Every whole dimension of a value that has more than one position, outermost first."""
+    tensors = tensors_of(node)
+    if len({tuple(tensor.shape) for tensor in tensors}) != 1:
+        return []
+    return [Axis(dim, size) for dim, size in enumerate(tensors[0].shape) if isinstance(size, int) and size > 1]
+
+
+def ranges_of(region: Region, index: int, count: int) -> dict[fx.Node, tuple[int, int]]:
+    """For one chunk, the positions of each value of the body that must be computed, halos included."""
+    ranges: dict[fx.Node, tuple[int, int]] = {}
+    outputs = set(region.outputs)
+    for node in reversed(region.body):
+        if node in outputs:
+            _widen(ranges, node, region.bounds(index, count, node))
+        start, stop = ranges[node]
+        for source, need in region.needs[node].items():
+            if need is not None and source in region.axes:
+                _widen(ranges, source, need.reach.of(start, stop, need.axis.size))
+    for node in region.body:  # one of several results is not narrowed before it is taken out
+        if node.target is operator.getitem:
+            ranges[node] = ranges.get(node.all_input_nodes[0], ranges[node])
+    return ranges
+
+
+def _widen(ranges: dict[fx.Node, tuple[int, int]], node: fx.Node, wanted: tuple[int, int]) -> None:
+    start, stop = ranges.get(node, wanted)
+    ranges[node] = (min(start, wanted[0]), max(stop, wanted[1]))
+
+
+def full_value(node: fx.Node) -> torch.Tensor:
+    """The one (fake) tensor that a node makes."""
+    (tensor,) = tensors_of(node)
+    return tensor

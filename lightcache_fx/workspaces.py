@@ -1,0 +1,434 @@
+"""Bytes that leaf kernels allocate inside themselves, where no dispatch mode sees it.
+
+Each formula is the kernel's own algorithm, named by its file in the torch sources, and was compared with the allocator's
+events of torch 2.13 on a CPU with AVX2. Operators that are not here count with no workspace; so do cuDNN's and cuBLAS's
+workspaces (unknown: they depend on heuristics and on the device), and what oneDNN and MKL take from malloc, which torch
+does not see either. On the CPU a workspace that each thread has counts once for each of `torch.get_num_threads()`.
+
+Letters: N batch, C channels, O output channels, G groups, L query tokens, S key tokens, E head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_CPU_SCALAR_BYTES = 8  # a Python number as a tensor: int64 or float64
+_TRANSPOSE_TILE = 60 * 60  # native/Copy.cpp, copy_transpose_valid: tiles of 60 x 60
+_VECTOR = 8  # oneDNN's channel block with AVX2 (nChw8c)
+_BRGEMM_SCRATCH = 8216  # oneDNN's jit_brgemm_conv: batch and address lists
+_SCRATCH_PADDING = 128  # oneDNN's memory_tracking: a scratchpad's own alignment
+
+_Kernel = Callable[[str, Sequence[Any], Mapping[str, Any], Sequence[torch.Tensor]], int]
+
+
+def workspace_bytes(
+    operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any, device_type: str
+) -> int:
+    """The most that one kernel holds beyond its inputs and outputs; 0 for operators that are not known here.
+
+    Args:
+        operator: an ATen overload, as a dispatch mode sees it.
+        args: its positional arguments; tensors are real or fake, of concrete sizes.
+        kwargs: its keyword arguments.
+        outputs: what it returned.
+        device_type: `cpu` or `cuda`.
+    """
+    if not isinstance(operator, OpOverload):
+        return 0
+    name = operator._schema.name
+    kernel = _KERNELS.get(name)
+    tensors = [outputs] if isinstance(outputs, torch.Tensor) else _tensors(outputs)
+    if kernel is not None:
+        return kernel(device_type, args, kwargs, tensors)
+    if device_type == "cpu" and torch.Tag.pointwise in operator.tags and name not in _CASTS_IN_PLACE:
+        return _pointwise(operator, args, tensors)
+    return 0
+
+
+def attention_on_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> tuple[torch.Tensor | None, int]:
+    """What fused attention returns and holds on CUDA, for machines whose torch has no CUDA kernels to choose from.
+
+    Flash attention takes half precision without a mask, memory-efficient attention the rest; both write the output as
+    (N, L, heads, E) and a float32 log-sum-exp. Returns None for shapes that only the unfused composite takes.
+    Source: native/transformers/cuda/sdp_utils.cpp, attention.cu.
+    """
+    if query.dim() != 4 or query.shape[-1] % 8 or value.shape[-1] > 256:
+        return None, 0
+    N, heads, L, _E = query.shape
+    output = value.new_empty((N, L, heads, value.shape[-1])).transpose(1, 2)
+    log_sum_exp = 4 * N * heads * L
+    mask = 0
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # becomes an additive mask
+        mask = attn_mask.numel() * query.element_size()
+    return output, log_sum_exp + mask
+
+
+# Copies that kernels make of operands in an unsuitable layout
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _contiguous_copy(tensor: torch.Tensor | None) -> int:
+    """Bytes of `tensor.contiguous()`."""
+    return 0 if tensor is None or tensor.is_contiguous() else _num_bytes(tensor)
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    layout = _CHANNELS_LAST.get(tensor.dim())
+    return layout is not None and tensor.is_contiguous(memory_format=layout)
+
+
+def _channels_last_copy(tensor: torch.Tensor) -> int:
+    return 0 if _is_channels_last(tensor) else _num_bytes(tensor)
+
+
+def _any_layout_copy(tensor: torch.Tensor) -> int:
+    """Bytes of a copy in the nearest dense layout: none where it is contiguous or channels-last already."""
+    return 0 if _is_channels_last(tensor) else _contiguous_copy(tensor)
+
+
+def _matrix_copy(matrix: torch.Tensor) -> int:
+    """Bytes of a BLAS operand's copy: one of its dimensions must be dense. Source: native/LinearAlgebra.cpp."""
+    rows, columns = matrix.shape[-2:]
+    row_stride, column_stride = matrix.stride()[-2:]
+    dense = (column_stride == 1 and row_stride >= max(1, columns)) or (row_stride == 1 and column_stride >= max(1, rows))
+    return 0 if dense else rows * columns * matrix.element_size()
+
+
+# Pointwise operators: numbers wrapped as tensors, and operands cast to the common type
+
+
+def _pointwise(operator: OpOverload, args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> int:
+    """Temporaries of TensorIterator on the CPU.
+
+    A Python number where a tensor is due becomes a 0-dimensional tensor of int64 or float64. An operand of another type
+    than the common one is cast as a whole before the loop, a number too. Source: TensorIterator.cpp, compute_types.
+    """
+    operands: list[Any] = []
+    for argument, given in zip(operator._schema.arguments, args, strict=False):
+        kind = str(argument.type)
+        if isinstance(given, torch.Tensor):
+            operands.append(given)
+        elif isinstance(given, int | float) and (
+            kind == "Tensor" or (kind == "number" and argument.name in ("other", "self"))
+        ):
+            operands.append(given)
+    if not outputs or not operands:
+        return 0
+    if operator._schema.name == "aten::where":
+        operands = operands[1:]  # the condition stays boolean
+    common = _common_type(operands, outputs[0], returns_bool=outputs[0].dtype == torch.bool)
+    total = 0
+    for operand in operands:
+        if isinstance(operand, torch.Tensor):
+            total += operand.numel() * common.itemsize if operand.dtype != common else 0
+        else:
+            own = torch.float64 if isinstance(operand, float) else torch.int64
+            total += (1 if isinstance(operand, bool) else _CPU_SCALAR_BYTES) + (common.itemsize if own != common else 0)
+    if operator._schema.name.endswith("_") and outputs[0].dtype != common:
+        total += outputs[0].numel() * common.itemsize  # written there first, then cast back
+    return total
+
+
+def _common_type(operands: Sequence[Any], output: torch.Tensor, *, returns_bool: bool) -> torch.dtype:
+    """The type that a pointwise loop computes in: the output's, but for comparisons and in-place operators."""
+    if len(operands) < 2 and not returns_bool:
+        return output.dtype
+    found = _result_type(operands)
+    if found.is_floating_point or found.is_complex or returns_bool or not output.dtype.is_floating_point:
+        return found
+    return output.dtype  # integers that give a floating-point result
+
+
+def _result_type(operands: Sequence[Any]) -> torch.dtype:
+    """torch.result_type of any number of tensors and numbers."""
+    tensors = [x for x in operands if isinstance(x, torch.Tensor)]
+    numbers = [x for x in operands if not isinstance(x, torch.Tensor)]
+    found = tensors[0].dtype
+    rank = tensors[0].dim()
+    for tensor in tensors[1:]:
+        given = torch.empty((1,) * min(rank, 1), dtype=found, device="meta")
+        other = torch.empty((1,) * min(tensor.dim(), 1), dtype=tensor.dtype, device="meta")
+        found, rank = torch.result_type(given, other), max(rank, tensor.dim())
+    for number in numbers:
+        found = torch.result_type(torch.empty((1,) * min(rank, 1), dtype=found, device="meta"), number)
+    return found
+
+
+# Operators whose loop reads another type than it writes, or that make no iterator of common types.
+_CASTS_IN_PLACE = {"aten::clone", "aten::_to_copy", "aten::copy_", "aten::masked_fill", "aten::masked_fill_"}
+_CASTS_IN_PLACE |= {"aten::fill_", "aten::fill", "aten::zero_", "aten::clamp", "aten::clamp_", "aten::bernoulli"}
+
+
+def _pow(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
+    base, exponent = args[:2]
+    if device != "cpu":
+        return 0
+    if not isinstance(base, torch.Tensor):
+        own = torch.float64 if isinstance(base, float) else torch.int64
+        return _CPU_SCALAR_BYTES + (outputs[0].element_size() if own != outputs[0].dtype else 0)
+    both = [x for x in (base, exponent) if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * outputs[0].element_size() for x in both if x.dtype != outputs[0].dtype)
+
+
+def _clone(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
+    """The tile through which the CPU transposes a large matrix. Source: native/Copy.cpp."""
+    source, target = args[0], outputs[0]
+    transposed = source.dim() == 2 and source.stride(0) == 1 and source.stride(1) == source.shape[0]
+    if device == "cpu" and transposed and target.is_contiguous() and source.numel() >= _TRANSPOSE_TILE:
+        return _TRANSPOSE_TILE * source.element_size()
+    return 0
+
+
+# Reductions and normalisations
+
+
+def _mean(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
+    """On the CPU a sum, in float32 for half precision, divided in place. Source: native/ReduceOps.cpp."""
+    source, output = args[0], outputs[0]
+    if device != "cpu":
+        return 0
+    if output.dtype in (torch.bfloat16, torch.float16):
+        return 4 * (output.numel() + source.numel())
+    return _CPU_SCALAR_BYTES + output.element_size() if output.dtype.is_floating_point else _CPU_SCALAR_BYTES
+
+
+def _softmax(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
+    return _contiguous_copy(args[0])  # native/SoftMax.cpp
+
+
+def _safe_softmax(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
+    """A softmax, then the mask of -inf, its rows, and a zero. Source: native/transformers/attention.cpp."""
+    scores = args[0]
+    rows = scores.numel() // max(1, scores.shape[args[1]])
+    masks = scores.numel() + rows + outputs[0].element_size()
+    return max(_contiguous_copy(scores), masks) if device == "cpu" else masks
+
+
+def _group_norm(device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
+    """On the CPU, channels-last: sums per channel, and per group from 1,024 pixels on. On CUDA a scale and a shift.
+
+    Source: native/cpu/group_norm_kernel.cpp, native/cuda/group_norm_kernel.cu.
+    """
+    source, N, C, pixels, G = args[0], *args[3:7]
+    if device != "cpu":
+        return 2 * 4 * N * C
+    if source.is_contiguous() or not _is_channels_last(source):
+        return _any_layout_copy(source)
+    if pixels < 1024:
+        return 4 * N * 2 * C
+    return 4 * torch.get_num_threads() * N * 2 * C + 4 * N * 2 * G
+
+
+def _layer_norm(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
+    return sum(map(_contiguous_copy, (args[0], *args[2:4])))  # native/layer_norm.cpp
+
+
+# Matrices and attention
+
+
+def _matrix_product(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
+    """Copies of operands that BLAS cannot read; a batch is copied one matrix at a time."""
+    return sum(_matrix_copy(x) for x in args if isinstance(x, torch.Tensor) and x.dim() >= 2)
+
+
+def _matrix_product_with_bias(device: str, args: Sequence[Any], kwargs: Any, outputs: Sequence[torch.Tensor]) -> int:
+    return _matrix_product(device, args[1:], kwargs, outputs)
+
+
+def _cpu_flash_attention(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
+    """Each thread's block of scores, their maxima and sums, and a block of the output; scores again in half precision.
+
+    Source: native/cpu/FlashAttentionKernel.cpp.
+    """
+    query, key = args[:2]
+    L, S, E = query.shape[-2], key.shape[-2], query.shape[-1]
+    rows = min(L, 256 if L >= 768 else 64 if L >= 192 else 32)
+    columns = min(S, 512)
+    each = 4 * (rows * columns + 2 * rows + rows * E)
+    if query.element_size() == 2:
+        each += 2 * rows * columns
+    return torch.get_num_threads() * each
+
+
+# Convolutions
+
+
+def _convolution(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
+    source, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
+    if device != "cpu":  # cuDNN's workspace is unknown
+        return 0 if _is_channels_last(source) else _contiguous_copy(source)
+    backend = torch._C._select_conv_backend(
+        source,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        None if bias is None else bias.shape,
+    ).name
+    channels_last = any(_is_channels_last(x) and not x.is_contiguous() for x in (source, weight))
+    if backend.startswith("Mkldnn") and not transposed:
+        return _onednn(source, weight, bias, outputs[0], groups, channels_last=channels_last)
+    if backend.startswith("Slow") and not transposed:
+        depth_kernel = backend == "Slow3d"
+        if groups > 1 and not depth_kernel:
+            return _grouped(source, weight, stride, padding, outputs[0], groups)
+        operands = _channels_last_copy if channels_last and not depth_kernel else _contiguous_copy
+        columns = _columns(source.shape[1], weight, stride, padding, outputs[0])
+        return operands(source) + operands(weight) + columns
+    if backend.startswith("Slow"):  # transposed: one image's columns, for half precision and odd shapes
+        kernel = math.prod(weight.shape[2:])
+        pixels = math.prod(source.shape[2:])
+        return _contiguous_copy(source) + weight.shape[1] * kernel * pixels * source.element_size()
+    return _contiguous_copy(source)
+
+
+def _columns(channels: int, weight: torch.Tensor, stride: Any, padding: Any, output: torch.Tensor) -> int:
+    """The unfolded input of all images: a column of C * kernel values for each output pixel.
+
+    A 1x1 kernel reads the input itself. Source: native/ConvolutionMM2d.cpp, ConvolutionMM3d.cpp.
+    """
+    kernel = math.prod(weight.shape[2:])
+    if kernel == 1 and set(stride) == {1} and set(padding) == {0}:
+        return 0
+    pixels = math.prod(output.shape[2:])
+    return output.shape[0] * channels * kernel * pixels * output.element_size()
+
+
+def _grouped(
+    source: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, output: torch.Tensor, groups: int
+) -> int:
+    """Group by group, then concatenated. Source: native/Convolution.cpp, `_convolution`."""
+    outputs = _num_bytes(output)
+    columns = _columns(source.shape[1] // groups, weight, stride, padding, output)
+    part = _num_bytes(source) // groups if source.shape[0] > 1 else 0
+    return _any_layout_copy(source) + max(outputs, part + columns)
+
+
+def _onednn(
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    groups: int,
+    *,
+    channels_last: bool,
+) -> int:
+    """Operands in oneDNN's blocked layouts, and its output before it is reordered to a plain one.
+
+    Fewer than 8 input channels are read plain. In channels-last only the weight is reordered.
+    Source: native/mkldnn/Conv.cpp, and jit_avx2_conv_kernel_f32.cpp and jit_brgemm_conv.cpp in oneDNN.
+    """
+    O, C = weight.shape[:2]
+    kernel = math.prod(weight.shape[2:])
+    depthwise = groups > 1 and C == 1
+    padded_O = O if groups > 1 else _round(O)
+    padded_C = C if groups > 1 or C < _VECTOR else _round(C)
+    size = source.element_size()
+    if channels_last:
+        blocked_weight = padded_O * C * kernel * size
+        copies = _channels_last_copy(source)
+        if depthwise:
+            return copies + blocked_weight
+        return copies + _channels_last_copy(weight) + _BRGEMM_SCRATCH + blocked_weight
+    blocked_source = 0 if source.shape[1] < _VECTOR else _num_bytes(source) // C * padded_C
+    blocked_weight = padded_O * padded_C * kernel * size
+    blocked_output = _num_bytes(output) // O * padded_O
+    padded_bias = padded_O * size + _SCRATCH_PADDING if bias is not None and padded_O != O else 0
+    running = blocked_source + blocked_weight + padded_bias + blocked_output - _num_bytes(output)
+    return _contiguous_copy(source) + max(running, blocked_output)
+
+
+def _round(channels: int) -> int:
+    return -(-channels // _VECTOR) * _VECTOR
+
+
+# Resampling, padding, pooling
+
+
+def _upsample(points: int, device: str, source: torch.Tensor, output: torch.Tensor) -> int:
+    """Channels-last copies for small 2-D outputs, else tables of indices and weights.
+
+    Source: native/cpu/UpSampleKernel.cpp, `_use_vectorized_kernel_cond_2d` and `_3d`.
+    """
+    if device != "cpu":
+        return _any_layout_copy(source)
+    wide = _is_channels_last(source) and source.shape[1] > 3
+    if points < 4 and (wide or (source.dim() == 4 and sum(output.shape[-2:]) <= 128)):
+        return _channels_last_copy(source) + _channels_last_copy(output)
+    return points * sum(output.shape[2:]) * (8 + output.element_size())
+
+
+def _upsample_nearest(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
+    return _upsample(1, device, args[0], outputs[0])
+
+
+def _upsample_linear(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
+    return _upsample(2, device, args[0], outputs[0])
+
+
+def _upsample_cubic(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
+    return _upsample(4, device, args[0], outputs[0])
+
+
+def _dense_input(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
+    return _any_layout_copy(args[0])
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+_KERNELS: dict[str, _Kernel] = {
+    "aten::pow": _pow,
+    "aten::clone": _clone,
+    "aten::mean": _mean,
+    "aten::_softmax": _softmax,
+    "aten::_log_softmax": _softmax,
+    "aten::_safe_softmax": _safe_softmax,
+    "aten::native_group_norm": _group_norm,
+    "aten::native_layer_norm": _layer_norm,
+    "aten::mm": _matrix_product,
+    "aten::bmm": _matrix_product,
+    "aten::addmm": _matrix_product_with_bias,
+    "aten::baddbmm": _matrix_product_with_bias,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _cpu_flash_attention,
+    "aten::convolution": _convolution,
+    "aten::upsample_nearest1d": _upsample_nearest,
+    "aten::upsample_nearest2d": _upsample_nearest,
+    "aten::upsample_nearest3d": _upsample_nearest,
+    "aten::_upsample_nearest_exact2d": _upsample_nearest,
+    "aten::upsample_linear1d": _upsample_linear,
+    "aten::upsample_bilinear2d": _upsample_linear,
+    "aten::upsample_trilinear3d": _upsample_linear,
+    "aten::upsample_bicubic2d": _upsample_cubic,
+    "aten::reflection_pad1d": _dense_input,
+    "aten::reflection_pad2d": _dense_input,
+    "aten::reflection_pad3d": _dense_input,
+    "aten::replication_pad1d": _dense_input,
+    "aten::replication_pad2d": _dense_input,
+    "aten::replication_pad3d": _dense_input,
+    "aten::avg_pool2d": _dense_input,
+    "aten::avg_pool3d": _dense_input,
+    "aten::max_pool2d_with_indices": _dense_input,
+}

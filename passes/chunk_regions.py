@@ -1,0 +1,88 @@
+"""Chunking: a stretch of the graph becomes one node that runs it chunk by chunk along one axis."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from lightcache_fx.axes import Axis
+from lightcache_fx.chunked import build_region
+from lightcache_fx.errors import PassError
+from lightcache_fx.flops import count_flops
+from lightcache_fx.graphs import calls
+from lightcache_fx.passes.base import PassResult
+from lightcache_fx.regions import Blocked, Region, trace_region
+
+
+@dataclass(frozen=True)
+class PlannedRegion:
+    """What the planner decided: nodes `first` to `last`, by name, cut as `axis` cuts `seed`, in `count` chunks."""
+
+    first: str
+    last: str
+    seed: str
+    axis: Axis
+    count: int
+
+
+def chunk_regions(graph: fx.Graph, *, regions: Sequence[PlannedRegion]) -> PassResult:
+    """Replace stretches of nodes by loops over chunks (AutoChunk, Zhao et al. 2024, with halos and several axes).
+
+        %a = aten.linear(%x, %w)                 %region_0 = region "dim 0: [64] in 4 chunks"(%x, %w, %v) {
+        %b = aten.gelu(%a)                ->         %a = aten.linear(%x, %w); %b = aten.gelu(%a)
+        %c = aten.linear(%b, %v)                     %c = aten.linear(%b, %v) }
+                                                 %c_1 = getitem(%region_0, 0)
+
+    Tier: float rounding (bitwise where every operation of the body is pointwise or moves data). Invariants: values that
+    a chunk needs whole are computed before the region; outputs keep their shapes and strides.
+    """
+    flops_of = count_flops(graph) if regions else {}
+    for number, planned in enumerate(regions):
+        region = find_region(graph, planned)
+        _insert(graph, region, f"region_{number}", planned, flops_of)
+    return PassResult(graph, bool(regions), {"regions": len(regions)})
+
+
+def find_region(graph: fx.Graph, planned: PlannedRegion) -> Region:
+    """The region that a plan names, in this graph."""
+    by_name = {node.name: node for node in graph.nodes}
+    missing = next((name for name in (planned.first, planned.last, planned.seed) if name not in by_name), None)
+    if missing is not None:
+        raise PassError(f"chunk_regions: the graph has no node %{missing}; was the plan made for another graph?")
+    try:
+        stretch = stretch_between(by_name[planned.first], by_name[planned.last])
+        return trace_region(stretch, planned.axis, seed=by_name[planned.seed])
+    except Blocked as error:
+        raise PassError(f"chunk_regions: cannot cut %{planned.seed} along {planned.axis}: {error}") from error
+
+
+def stretch_between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The calls from one node to another, both included."""
+    nodes = list(calls(first.graph))
+    return nodes[nodes.index(first) : nodes.index(last) + 1]
+
+
+def _insert(
+    graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, flops_of: dict[fx.Node, int]
+) -> None:
+    module = build_region(region, planned.count, flops_of)
+    last = next(node for node in graph.nodes if node.name == planned.last)
+    with graph.inserting_after(last):
+        call = graph.create_node("call_module", name, tuple(region.inputs), name=name)
+    call.meta = {
+        "val": tuple(node.meta["val"] for node in region.outputs),
+        "nn_module_stack": region.outputs[-1].meta.get("nn_module_stack", {}),
+        "lightcache_region": module,
+        "lightcache_flops": module.flops,
+    }
+    after = call
+    for index, node in enumerate(region.outputs):
+        with graph.inserting_after(after):
+            after = graph.call_function(operator.getitem, (call, index))
+        after.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+        node.replace_all_uses_with(after, delete_user_cb=lambda user: user not in region.axes)
+    for node in reversed(region.body):
+        graph.erase_node(node)

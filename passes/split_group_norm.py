@@ -1,0 +1,85 @@
+"""GroupNorm in two: statistics over the whole value, then a scale and a shift that can be cut along any axis."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from lightcache_fx.norm_stats import group_stats
+from lightcache_fx.passes.base import PassResult
+
+aten = torch.ops.aten
+
+
+def split_group_norm(graph: fx.Graph, *, names: Iterable[str]) -> PassResult:
+    """Replace GroupNorms by their statistics and what is done with them (Wu and He 2018, in two passes).
+
+        %n = aten.group_norm(%x, 32, %w, %b, eps)    ->   %s = lightcache.group_stats(%x, 32, eps)
+                                                          %scale = rstd * w; %shift = b - mean * scale   # [N, C, 1, 1]
+                                                          %n = aten.addcmul(%shift, %x, %scale)
+
+    Tier: float rounding. Invariants: statistics are over all of the value; half precision is widened to float32 and the
+    result rounded once, as the fused kernel does. Names that are no GroupNorm in this graph are passed over.
+    """
+    wanted = set(names)
+    found = [n for n in graph.nodes if n.name in wanted and n.target is aten.group_norm.default]
+    for node in found:
+        _split(graph, node)
+    return PassResult(graph, bool(found), {"group norms": len(found)})
+
+
+def group_norms(graph: fx.Graph) -> list[str]:
+    """The names of the GroupNorms that have something to cut: more than batch and channels."""
+    return [n.name for n in graph.nodes if n.target is aten.group_norm.default and n.meta["val"].dim() > 2]
+
+
+def _split(graph: fx.Graph, node: fx.Node) -> None:
+    value, num_groups = node.args[0], node.args[1]
+    weight, bias, eps = (*node.args[2:5], *(None, None, 1e-5)[len(node.args) - 2 :])
+    assert isinstance(value, fx.Node)
+    tensor: torch.Tensor = value.meta["val"]
+    samples, channels = tensor.shape[:2]
+    ones = [1] * (tensor.dim() - 2)
+
+    def call(target: object, *args: object, **kwargs: object) -> fx.Node:
+        new = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+        given, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with torch.no_grad():
+            new.meta["val"] = target(*given, **named)  # type: ignore[operator]
+        new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        return new
+
+    def wide(source: fx.Node) -> fx.Node:
+        if source.meta["val"].dtype == torch.float32:
+            return source
+        return call(aten._to_copy.default, source, dtype=torch.float32)  # noqa: SLF001 the operator's own name
+
+    with graph.inserting_before(node):
+        stats = call(torch.ops.lightcache.group_stats.default, value, num_groups, eps)
+        mean, rstd = (call(operator.getitem, stats, index) for index in range(2))
+
+        def per_channel(source: fx.Node) -> fx.Node:
+            """(samples, groups) -> (samples, channels, 1, ...)."""
+            each = call(aten.repeat_interleave.self_int, source, channels // int(num_groups), 1)  # type: ignore[call-overload]
+            return call(aten.reshape.default, each, [samples, channels, *ones])
+
+        def of_weights(source: fx.Node) -> fx.Node:
+            return call(aten.reshape.default, wide(source), [1, channels, *ones])
+
+        scale = per_channel(rstd)
+        if isinstance(weight, fx.Node):
+            scale = call(aten.mul.Tensor, scale, of_weights(weight))
+        shift = call(aten.neg.default, call(aten.mul.Tensor, per_channel(mean), scale))
+        if isinstance(bias, fx.Node):
+            shift = call(aten.add.Tensor, shift, of_weights(bias))
+        result = call(aten.addcmul.default, shift, wide(value), scale)
+        if tensor.dtype != torch.float32:
+            result = call(aten._to_copy.default, result, dtype=tensor.dtype)  # noqa: SLF001
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+__all__ = ["group_norms", "group_stats", "split_group_norm"]
