@@ -11,7 +11,6 @@ upsampling.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -41,8 +40,9 @@ class Axis:
         if self.outer == 1:
             return tensor.narrow(self.dim, start * self.inner, (stop - start) * self.inner)
         # The dimension may hold fewer positions than `size` when the tensor is itself a chunk.
-        split = tensor.unflatten(self.dim, (self.outer, -1, self.inner)).narrow(self.dim + 1, start, stop - start)
-        return split.flatten(self.dim, self.dim + 2)
+        split = tensor.unflatten(self.dim, (self.outer, -1, self.inner))
+        taken: torch.Tensor = split.narrow(self.dim + 1, start, stop - start).flatten(self.dim, self.dim + 2)
+        return taken
 
     def __str__(self) -> str:
         factors = [str(self.outer)] * (self.outer > 1) + [f"[{self.size}]"] + [str(self.inner)] * (self.inner > 1)
@@ -65,7 +65,8 @@ class Reach:
 
     def unclamped(self, start: int, stop: int) -> tuple[int, int]:
         """The range that is needed, padding included."""
-        return math.floor(start * self.scale) - self.before, math.ceil(stop * self.scale) + self.after
+        num, den = self.scale.numerator, self.scale.denominator
+        return start * num // den - self.before, -(-stop * num // den) + self.after
 
     def of(self, start: int, stop: int, size: int) -> tuple[int, int]:
         """The part of it that exists in an input with `size` positions."""

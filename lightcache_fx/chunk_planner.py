@@ -9,226 +9,42 @@ whole program (frame by frame, say). The search is AutoChunk's (Zhao et al. 2024
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from lightcache_fx.axes import Axis
-from lightcache_fx.costs import Machine, machine_of, traffic
-from lightcache_fx.flops import count_flops
+from lightcache_fx.chunk_memory import (
+    Chosen,
+    Memory,
+    body_peak,
+    chunk_seconds,
+    exact_body_peak,
+    live_values,
+    profile,
+    recomputable,
+)
+from lightcache_fx.chunked import build_region, copied_bytes
 from lightcache_fx.errors import RegionError, nearest
-from lightcache_fx.graphs import calls, describe, module_stack, num_bytes, output_node, tensors_of
-from lightcache_fx.liveness import Timeline, timeline
-from lightcache_fx.passes.chunk_regions import PlannedRegion
+from lightcache_fx.graphs import copy_graph, describe, module_stack, num_bytes, tensors_of
+from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
+from lightcache_fx.passes.split_group_norm import group_norms
 from lightcache_fx.policy import Region as PolicyRegion
-from lightcache_fx.regions import Blocked, Region, axes_of, finer_axes, full_value, ranges_of, trace_region
+from lightcache_fx.regions import Blocked, Region, axes_of, finer_axes, full_value, trace_region
 
 log = logging.getLogger(__name__)
 
 _COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
-_MAX_REGIONS = 256
-_END = 2**60
-
-
-class Memory:
-    """A graph's storages and times, in a form in which a change is cheap to evaluate."""
-
-    def __init__(self, graph: fx.Graph, *, cuda: bool | None = None) -> None:
-        self.graph = graph
-        self.order = list(calls(graph))
-        self.place = {node: index for index, node in enumerate(self.order)}
-        self.timeline: Timeline = timeline(graph, cuda=cuda)
-        self.machine: Machine = machine_of(graph)
-        self.flops = count_flops(graph)
-        self.own: dict[fx.Node, int] = dict.fromkeys(self.order, 0)
-        """Bytes of the storages that a call leaves behind."""
-        ended = {step.node: step.ended for step in self.timeline.steps}
-        for block in self.timeline.blocks:
-            if not block.workspace and block.died > ended[block.node]:
-                self.own[block.node] += block.num_bytes
-        self.extra = {step.node: max(0, step.peak - step.before - self.own[step.node]) for step in self.timeline.steps}
-        """Bytes that a call takes beside them while it runs."""
-        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
-        """The calls whose storages a value lives in; empty for what the caller holds."""
-        for node in self.order:
-            self.roots[node] = (
-                frozenset([node])
-                if self.own[node]
-                else frozenset().union(*(self.roots.get(source, frozenset()) for source in _alias_sources(node)))
-            )
-        self.last_use = self._last_uses()
-
-    def _last_uses(self) -> dict[fx.Node, int]:
-        last: dict[fx.Node, int] = {node: index for index, node in enumerate(self.order)}
-        for index, node in enumerate(self.order):
-            for source in (*node.all_input_nodes, node):
-                for root in self.roots.get(source, ()):
-                    last[root] = max(last[root], index)
-        for source in output_node(self.graph).all_input_nodes:
-            for root in self.roots.get(source, ()):
-                last[root] = _END
-        return last
-
-    @cached_property
-    def seconds(self) -> dict[fx.Node, float]:
-        """Predicted time of each call."""
-        found = {}
-        for node in self.order:
-            written, read = traffic(node)
-            busy = written or self.flops.get(node, 0)
-            found[node] = self.machine.seconds(self.flops.get(node, 0), written + read) if busy else 0.0
-        return found
-
-
-def _alias_sources(node: fx.Node) -> Sequence[fx.Node]:
-    """Where the value of a call that allocates nothing lives: in its first argument, or in any for in-place lists."""
-    return node.all_input_nodes[:1]
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """A stretch `[begin, end]` of calls, its region and its number of chunks, with what they are predicted to take."""
-
-    begin: int
-    end: int
-    axis: Axis
-    seed: fx.Node
-    region: Region
-    count: int
-    body_peak: int
-    output_bytes: int
-    seconds: float
-    """Beyond what the same nodes take unchunked."""
-
-    def planned(self) -> PlannedRegion:
-        """By name, for the pass."""
-        nodes = list(calls(self.seed.graph))
-        return PlannedRegion(nodes[self.begin].name, nodes[self.end].name, self.seed.name, self.axis, self.count)
-
-
-@dataclass
-class _Profile:
-    """Bytes live while each item runs; an item is a call or a whole region."""
-
-    items: list[fx.Node | Chosen] = field(default_factory=list)
-    during: list[int] = field(default_factory=list)
-    before: list[int] = field(default_factory=list)
-
-    def peak(self) -> tuple[int, fx.Node | Chosen | None]:
-        """The highest, and whose it is."""
-        if not self.items:
-            return 0, None
-        index = max(range(len(self.items)), key=self.during.__getitem__)
-        return self.during[index], self.items[index]
-
-
-def profile(memory: Memory, chosen: Sequence[Chosen], begin: int = 0, end: int | None = None, live: int = 0) -> _Profile:
-    """Bytes live during each call of `[begin, end]` when the chosen regions run as loops.
-
-    Args:
-        memory: of the graph.
-        chosen: regions with disjoint stretches, inside the window or outside of it.
-        begin, end: the window.
-        live: bytes live when the window begins.
-    """
-    end = len(memory.order) - 1 if end is None else end
-    ends = {region.end: region for region in chosen if begin <= region.begin and region.end <= end}
-    owner = {node: region for region in ends.values() for node in region.region.body}
-    items: list[fx.Node | Chosen] = []
-    for index in range(begin, end + 1):
-        node = memory.order[index]
-        if node not in owner:
-            items.append(node)
-        if index in ends:
-            items.append(ends[index])
-    place: dict[fx.Node, int] = {}
-    for position, item in enumerate(items):
-        if isinstance(item, Chosen):
-            place.update(dict.fromkeys(item.region.body, position))
-        else:
-            place[item] = position
-    # When what is live, born before the window or inside of it, dies in the window.
-    dies: dict[int, int] = {}
-    last: dict[fx.Node, int] = {}
-    for node, position in place.items():
-        for source in (*node.all_input_nodes, node):
-            for root in memory.roots.get(source, ()):
-                last[root] = max(last.get(root, 0), position)
-    outputs = {root for region in ends.values() for node in region.region.outputs for root in memory.roots[node]}
-    for root, position in last.items():
-        if memory.last_use[root] <= end and (root not in owner or root in outputs):
-            dies[position] = dies.get(position, 0) + memory.own[root]
-    result = _Profile()
-    for position, item in enumerate(items):
-        if isinstance(item, Chosen):
-            born, extra = item.output_bytes, item.body_peak
-        else:
-            born, extra = memory.own[item], memory.extra[item]
-        result.items.append(item)
-        result.during.append(live + born + extra)
-        result.before.append(live)
-        live += born - dies.get(position, 0)
-    return result
-
-
-def body_peak(memory: Memory, region: Region, count: int) -> int:
-    """Predicted bytes of a chunk's temporaries: the body's liveness, each value scaled to its range."""
-    ranges = ranges_of(region, count // 2, count)
-    last: dict[fx.Node, int] = {}
-    for position, node in enumerate(region.body):
-        for source in (*node.all_input_nodes, node):
-            for root in memory.roots.get(source, ()):
-                if root in region.axes:
-                    last[root] = position
-    for node in region.outputs:
-        for root in memory.roots[node]:
-            last[root] = _END
-    dying: dict[int, list[fx.Node]] = {}
-    for root, position in last.items():
-        dying.setdefault(position, []).append(root)
-
-    def local(node: fx.Node, size: int) -> int:
-        start, stop = ranges[node]
-        return size * (stop - start) // region.axes[node].size
-
-    live = peak = _copied_inputs(region, ranges)
-    for position, node in enumerate(region.body):
-        live += local(node, memory.own[node])
-        peak = max(peak, live + local(node, memory.extra[node]))
-        live -= sum(local(root, memory.own[root]) for root in dying.get(position, ()))
-    return peak
-
-
-def _copied_inputs(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> int:
-    """Bytes of the slices of inputs that are not views."""
-    largest: dict[tuple[fx.Node, Axis], int] = {}
-    for node in region.body:
-        for source, need in region.needs[node].items():
-            if need is not None and source not in region.axes and need.axis.outer > 1:
-                low, high = need.reach.of(*ranges[node], need.axis.size)
-                size = num_bytes(source) * (high - low) // need.axis.size
-                largest[source, need.axis] = max(size, largest.get((source, need.axis), 0))
-    return sum(largest.values())
-
-
-def chunk_seconds(memory: Memory, region: Region, count: int) -> float:
-    """Predicted time of a region in `count` chunks beyond that of the same nodes unchunked."""
-    ranges = ranges_of(region, count // 2, count)
-    machine = memory.machine
-    total = 0.0
-    for node in region.body:
-        written, read = traffic(node)
-        if not (written or memory.flops.get(node, 0)):
-            continue
-        start, stop = ranges[node]
-        share = (stop - start) / region.axes[node].size
-        whole = sum(num_bytes(s) for s, need in region.needs[node].items() if need is None)
-        moved = (written + read - whole) * share + whole
-        total += count * machine.seconds(memory.flops.get(node, 0) * share, moved) - memory.seconds[node]
-    copies = 2 * sum(map(num_bytes, region.outputs)) + 2 * count * _copied_inputs(region, ranges)
-    return total + copies / machine.bytes + count * len(region.outputs) * machine.launch
+_MAX_STEPS = 1000
+_MAX_DEPTH = 1
+_NESTED_TRIES = 2
+_RECOMPUTE_TRIES = 4
+_TRIES = 6
+_ENOUGH = 3
+"""So many stretches that fit end the search for longer ones."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +56,8 @@ class ChunkPlan:
         regions: in graph order.
         peak_before, peak_after: predicted bytes of activations.
         limit_node: the call that sets the peak that is left.
+        recomputed: values that are computed once for each reader instead of being kept.
+        limit_live: the values live at that peak, largest first.
         seconds_before, seconds_added: predicted, on a machine as `costs` has it.
         budget: what was asked for.
     """
@@ -252,6 +70,13 @@ class ChunkPlan:
     seconds_added: float
     budget: int
     split_norms: tuple[str, ...] = ()
+    recomputed: tuple[str, ...] = ()
+    limit_live: tuple[str, ...] = ()
+
+    @property
+    def chunking(self) -> Chunking:
+        """What is done to the graph."""
+        return Chunking(self.split_norms, self.recomputed, self.regions)
 
     @property
     def overhead(self) -> float:
@@ -264,8 +89,55 @@ class ChunkPlan:
         return self.peak_after <= self.budget
 
 
+def plan_program(
+    graph: fx.Graph,
+    budget: int | None,
+    regions: Sequence[PolicyRegion] = (),
+    *,
+    cuda: bool | None = None,
+    depth: int = 0,
+) -> ChunkPlan:
+    """As `plan_chunks`; where the budget cannot be kept so, GroupNorms are split and their values cut across."""
+    plain = plan_chunks(graph, budget, regions, cuda=cuda, depth=depth)
+    if plain.fits:
+        return plain
+
+    def after(split_norms: tuple[str, ...], recomputed: tuple[str, ...]) -> tuple[ChunkPlan, fx.Graph]:
+        prepared, _ = copy_graph(graph)
+        prepared.owning_module = graph.owning_module
+        Chunking(split_norms, recomputed).apply(prepared)
+        plan = plan_chunks(prepared, budget, regions, cuda=cuda, depth=depth)
+        added = plan.seconds_added + plan.seconds_before - plain.seconds_before
+        plan = replace(plan, split_norms=split_norms, recomputed=recomputed, peak_before=plain.peak_before)
+        return replace(plan, seconds_before=plain.seconds_before, seconds_added=added), prepared
+
+    best, prepared = plain, graph
+    norms = tuple(group_norms(graph))
+    if norms:
+        found = after(norms, ())
+        if found[0].peak_after < plain.peak_after:
+            best, prepared = found
+    failed: set[str] = set()
+    while not best.fits and len(failed) < _RECOMPUTE_TRIES:
+        chain = recomputable(prepared, best.limit_live, failed)
+        if not chain:
+            break
+        found = after(best.split_norms, tuple(dict.fromkeys((*best.recomputed, *chain))))
+        log.debug("recomputing %s: peak %d, was %d", chain, found[0].peak_after, best.peak_after)
+        if found[0].peak_after < 0.995 * best.peak_after:
+            best, prepared = found
+        else:
+            failed.add(chain[0])
+    return best
+
+
 def plan_chunks(
-    graph: fx.Graph, budget: int | None, regions: Sequence[PolicyRegion] = (), *, cuda: bool | None = None
+    graph: fx.Graph,
+    budget: int | None,
+    regions: Sequence[PolicyRegion] = (),
+    *,
+    cuda: bool | None = None,
+    depth: int = 0,
 ) -> ChunkPlan:
     """Choose regions until the peak is at most `budget` bytes or nothing lowers it further.
 
@@ -274,6 +146,7 @@ def plan_chunks(
         budget: for activations; None chooses no regions beside the explicit ones.
         regions: explicit ones, taken first.
         cuda: as for `timeline`.
+        depth: how many loops this graph is the body of; bodies are cut in turn up to `_MAX_DEPTH`.
 
     Raises:
         RegionError: an explicit region does not exist, or cannot be cut along its axis.
@@ -283,20 +156,20 @@ def plan_chunks(
     chosen = [found for region in regions for found in _explicit(memory, region)]
     peak, item = profile(memory, chosen).peak()
     budget = before if budget is None else budget
-    while peak > budget and isinstance(item, fx.Node) and len(chosen) < _MAX_REGIONS:
-        found = _Search(memory, chosen, memory.place[item], budget).best()
-        if found is None:
+    planner = _Planner(memory, chosen, budget, depth)
+    for _ in range(_MAX_STEPS):
+        if peak <= budget or item is None or not planner.lower(item):
             break
-        chosen.append(found)
-        log.debug("peak %d at %%%s: %s x %d", peak, item.name, found.axis, found.count)
-        peak, item = profile(memory, chosen).peak()
-    chosen.sort(key=lambda region: region.begin)
+        log.debug("peak %d at %s: %s", peak, item, planner.chosen[-1])
+        peak, item = profile(memory, planner.chosen).peak()
+    chosen = sorted(planner.chosen, key=lambda region: region.begin)
     limit = item.seed if isinstance(item, Chosen) else item
     return ChunkPlan(
         regions=tuple(region.planned() for region in chosen),
         peak_before=before,
         peak_after=peak,
         limit_node=limit.name if limit is not None else "",
+        limit_live=tuple(node.name for node in live_values(memory, planner.chosen, item)) if item is not None else (),
         seconds_before=sum(memory.seconds.values()),
         seconds_added=sum(region.seconds for region in chosen),
         budget=budget,
@@ -316,7 +189,7 @@ def _explicit(memory: Memory, wanted: PolicyRegion) -> Iterator[Chosen]:
     for indices in calls_of.values():
         begin, end = indices[0], indices[-1]
         stretch = memory.order[begin : end + 1]
-        seed = next(node for node in reversed(stretch) if any(memory.place.get(u, _END) > end for u in node.users))
+        seed = next(node for node in reversed(stretch) if any(memory.place.get(u, end + 1) > end for u in node.users))
         axes = {axis.dim: axis for axis in axes_of(seed)}
         rank = full_value(seed).dim()
         if wanted.axis % rank not in axes or not -rank <= wanted.axis < rank:
@@ -333,83 +206,219 @@ def _explicit(memory: Memory, wanted: PolicyRegion) -> Iterator[Chosen]:
             raise RegionError(
                 f"region {wanted.module}: axis {wanted.axis} cannot be cut: {describe(blocked.node)}: {blocked}"
             ) from blocked
-        count = -(-axis.size // wanted.size)
+        count = -(-axis.size // min(wanted.size, axis.size))
         peak, seconds = body_peak(memory, region, count), chunk_seconds(memory, region, count)
         yield Chosen(begin, end, axis, seed, region, count, peak, sum(map(num_bytes, region.outputs)), seconds)
+
+
+class _Planner:
+    """Chooses regions peak by peak; what fitted one block of a model is tried first on the next like it."""
+
+    def __init__(self, memory: Memory, chosen: Sequence[Chosen], budget: int, depth: int) -> None:
+        self.memory, self.budget, self.depth = memory, budget, depth
+        self.chosen = list(chosen)
+        self._fitted: dict[Hashable, list[tuple[int, int, int, Axis]]] = {}
+        self._types = [_type_of(node) for node in memory.order]
+
+    def lower(self, item: fx.Node | Chosen) -> bool:
+        """Choose a region for the peak at a call, or a larger one around a region; whether there is one that helps."""
+        at = self.memory.place[item.seed if isinstance(item, Chosen) else item]
+        search = _Search(self.memory, self.chosen, item, at, self.budget, self.depth)
+        found = self._like_before(search, at) if isinstance(item, fx.Node) else None
+        if found is None:
+            found = search.best()
+            if found is None:
+                return False
+            if isinstance(item, fx.Node) and not found.bodies:
+                known = self._fitted.setdefault(self._types[at], [])
+                known.append((found.begin - at, found.end - at, found.end, found.axis))
+        self.chosen = [c for c in self.chosen if c.end < found.begin or c.begin > found.end]
+        self.chosen.append(found)
+        return True
+
+    def _like_before(self, search: _Search, at: int) -> Chosen | None:
+        """A region that fits where the same operations stand at the same distances as in one that was chosen."""
+        memory = self.memory
+        for before, after, old_end, axis in self._fitted.get(self._types[at], []):
+            begin, end = at + before, at + after
+            shift = end - old_end
+            if not (search.may_begin(begin) and search.may_end(end)):
+                continue
+            if self._types[begin : end + 1] != self._types[begin - shift : end - shift + 1]:
+                continue
+            seed = search.seed(end)
+            found = search.fitted(begin, end, seed, axis) if seed is not None else None
+            if found is not None:
+                return found
+        return None
+
+
+def _type_of(node: fx.Node) -> Hashable:
+    """Equal for calls of one operator on values of the same types."""
+    values = [tuple(map(_tensor_type, tensors_of(n))) for n in (node, *node.all_input_nodes)]
+    constants = [x for x in pytree.tree_leaves((node.args, node.kwargs)) if not isinstance(x, fx.Node)]
+    return node.target, tuple(values), str(constants)
+
+
+def _tensor_type(tensor: torch.Tensor) -> Hashable:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 class _Search:
     """Regions around one peak, in a graph where some have been chosen already."""
 
-    def __init__(self, memory: Memory, chosen: Sequence[Chosen], at: int, budget: int) -> None:
-        self.memory, self.at, self.budget = memory, at, budget
+    def __init__(
+        self,
+        memory: Memory,
+        chosen: Sequence[Chosen],
+        item: fx.Node | Chosen,
+        at: int,
+        budget: int,
+        depth: int,
+    ) -> None:
+        self.memory, self.at, self.budget, self.depth = memory, at, budget, depth
         whole = profile(memory, chosen)
-        self.peak, _ = whole.peak()
-        self.before = {item: live for item, live in zip(whole.items, whole.before, strict=True)}
-        """Bytes live before each call that is no part of a region."""
-        taken = [(region.begin, region.end) for region in chosen]
-        self.low = max((end + 1 for _, end in taken if end < at), default=0)
-        self.high = min((begin - 1 for begin, _ in taken if begin > at), default=len(memory.order) - 1)
+        self.peak = whole.during[whole.items.index(item)]
+        self.before = dict(zip(whole.items, whole.before, strict=True))
+        """Bytes live before each call and each region."""
+        self.taken: dict[int, Chosen] = {i: region for region in chosen for i in range(region.begin, region.end + 1)}
+        """The calls that are in a region; a new region holds such a region altogether or not at all."""
+
+    def may_begin(self, index: int) -> bool:
+        """Whether a region may begin with a call."""
+        return index >= 0 and (index not in self.taken or self.taken[index].begin == index)
+
+    def may_end(self, index: int) -> bool:
+        """Whether a region may end with a call."""
+        return index < len(self.memory.order) and (index not in self.taken or self.taken[index].end == index)
 
     def best(self) -> Chosen | None:
         """The fastest region that fits the budget, else the one that lowers the peak most."""
-        found = [(region, reached) for region, reached in self.candidates() if reached < 0.99 * self.peak]
-        fitting = [region for region, reached in found if reached <= self.budget]
-        if fitting:
-            return min(fitting, key=lambda region: (region.seconds, region.end - region.begin))
-        return min(found, key=lambda entry: (entry[1], entry[0].seconds))[0] if found else None
+        found = list(self.candidates())
+        fitting = sorted((c for c, reached in found if reached <= self.budget), key=lambda c: c.seconds)
+        for candidate in fitting:
+            exact = self.fitted(candidate.begin, candidate.end, candidate.seed, candidate.axis, candidate.count)
+            if exact is not None:
+                return exact
+        lowering = sorted(found, key=lambda entry: (entry[1], entry[0].seconds))
+        exactly = [self.exactly(candidate) for candidate, _ in lowering[:_TRIES]]
+        exactly = sorted((e for e in exactly if e[1] < 0.99 * self.peak), key=lambda entry: entry[1])
+        nested = [self.nested(exact, reached) for exact, reached in exactly[:_NESTED_TRIES]]
+        return min([*exactly, *nested], key=lambda entry: entry[1])[0] if exactly else None
+
+    def nested(self, candidate: Chosen, reached: int) -> tuple[Chosen, int]:
+        """A region whose chunks are too large by themselves, their bodies cut in turn to what is left of the budget."""
+        beside = reached - candidate.body_peak
+        if self.depth >= _MAX_DEPTH or beside >= self.budget:
+            return candidate, reached
+        memory, module = self.memory, build_region(candidate.region, candidate.count, {})
+        bodies, peak, added = [], 0, 0.0
+        for index in range(len(module.bodies)):
+            graph = module.body(index).graph
+            copied = copied_bytes(graph)
+            plan = plan_program(graph, self.budget - beside - copied, cuda=memory.cuda, depth=self.depth + 1)
+            bodies.append(plan.chunking)
+            peak = max(peak, plan.peak_after + copied)
+            added = max(added, plan.seconds_added)
+        if peak >= 0.99 * candidate.body_peak:
+            return candidate, reached
+        seconds = candidate.seconds + candidate.count * added
+        exact = replace(candidate, body_peak=peak, seconds=seconds, bodies=tuple(bodies))
+        return exact, beside + peak
+
+    def fitted(self, begin: int, end: int, seed: fx.Node, axis: Axis, least: int = 2) -> Chosen | None:
+        """The region with the fewest chunks that fits, by its bodies' own liveness; None where none does."""
+        try:
+            region = trace_region(self.memory.order[begin : end + 1], axis, seed=seed, needs_of=self.memory.needs_of)
+        except Blocked:
+            return None
+        for count in region.counts(count for count in _COUNTS if count >= least):
+            trial, reached = self.estimate(region, begin, end, seed, axis, count)
+            if reached <= self.budget:
+                trial, reached = self.exactly(trial)
+                if reached <= self.budget:
+                    return trial
+        return None
+
+    def exactly(self, candidate: Chosen) -> tuple[Chosen, int]:
+        """A candidate with its bodies' own peak and its time, and the highest that its stretch reaches."""
+        memory, region = self.memory, candidate.region
+        peak = exact_body_peak(memory, region, candidate.count)
+        seconds = chunk_seconds(memory, region, candidate.count)
+        exact = replace(candidate, body_peak=peak, seconds=seconds)
+        reached, _ = profile(memory, [exact], exact.begin, exact.end, self.live_before(exact.begin)).peak()
+        return exact, reached
 
     def candidates(self) -> Iterator[tuple[Chosen, int]]:
         """Regions around the peak, each with the highest that its stretch then reaches."""
-        begins = self.narrow_points(range(self.at, self.low - 1, -1), lambda index: self.live_before(index))
-        for end in self.narrow_points(range(self.at, self.high + 1), lambda index: self.live_before(index + 1)):
+        last = len(self.memory.order)
+        begins = self.narrow_points(filter(self.may_begin, range(self.at, -1, -1)), self.live_before)
+        ends = self.narrow_points(filter(self.may_end, range(self.at, last)), lambda index: self.live_before(index + 1))
+        fits = 0
+        for end in ends:
             seed = self.seed(end)
             queue = axes_of(seed) if seed is not None else []
             tried: set[Axis] = set()
+            fits_here = 0
             while seed is not None and queue:
                 axis = queue.pop(0)
                 if axis not in tried:
                     tried.add(axis)
-                    yield from self.along(begins, end, seed, axis, queue)
+                    for found, reached in self.along(begins, end, seed, axis, queue):
+                        fits_here += reached <= self.budget
+                        yield found, reached
+            fits += fits_here > 0
+            if fits >= _ENOUGH:
+                return
 
     def along(
         self, begins: Sequence[int], end: int, seed: fx.Node, axis: Axis, queue: list[Axis]
     ) -> Iterator[tuple[Chosen, int]]:
         """Regions that end at `end`, from the shortest to the longest that the rules allow."""
+        memory, fits = self.memory, 0
         for begin in begins:
+            if fits >= _ENOUGH or self.live_before(begin) >= 0.99 * self.peak:
+                return
             try:
-                region = trace_region(self.memory.order[begin : end + 1], axis, seed=seed)
+                region = trace_region(memory.order[begin : end + 1], axis, seed=seed, needs_of=memory.needs_of)
             except Blocked as blocked:
                 queue += finer_axes(axis, blocked)
-                if self.memory.place[blocked.node] <= self.at:
+                if memory.place[blocked.node] <= self.at:
                     return
-            else:
-                found = self.sized(region, begin, end, seed, axis)
-                if found is not None:
-                    yield found
+                continue
+            found = self.sized(region, begin, end, seed, axis)
+            if found is not None:
+                fits += found[1] <= self.budget
+                yield found
+
+    def estimate(
+        self, region: Region, begin: int, end: int, seed: fx.Node, axis: Axis, count: int
+    ) -> tuple[Chosen, int]:
+        """A region in `count` chunks, its time left open, and the highest that its stretch then reaches."""
+        memory = self.memory
+        size = sum(map(num_bytes, region.outputs))
+        trial = Chosen(begin, end, axis, seed, region, count, body_peak(memory, region, count), size, 0.0)
+        reached, _ = profile(memory, [trial], begin, end, self.live_before(begin)).peak()
+        return trial, reached
 
     def sized(self, region: Region, begin: int, end: int, seed: fx.Node, axis: Axis) -> tuple[Chosen, int] | None:
         """The fewest chunks that fit the budget, or the most that still lower the peak."""
-        memory = self.memory
-        output_bytes = sum(map(num_bytes, region.outputs))
-        smallest = min(region.axes[node].size for node in region.outputs)
         last: tuple[Chosen, int] | None = None
-        for count in [count for count in _COUNTS if count < smallest] + [smallest]:
-            peak = body_peak(memory, region, count)
-            trial = Chosen(begin, end, axis, seed, region, count, peak, output_bytes, 0.0)
-            reached, _ = profile(memory, [trial], begin, end, self.live_before(begin)).peak()
-            if last is not None and reached >= last[1]:
-                break
-            last = (trial, reached)
+        for count in region.counts(_COUNTS):
+            trial, reached = self.estimate(region, begin, end, seed, axis, count)
+            if last is None or reached < last[1]:
+                last = (trial, reached)
             if reached <= self.budget:
                 break
         if last is None or last[1] >= 0.99 * self.peak:
             return None
-        return replace(last[0], seconds=chunk_seconds(memory, region, last[0].count)), last[1]
+        return replace(last[0], seconds=chunk_seconds(self.memory, region, last[0].count)), last[1]
 
     def live_before(self, index: int) -> int:
-        """Bytes live before call `index`, or at the end of the graph."""
-        return self.before.get(self.memory.order[index], 0) if index < len(self.memory.order) else 0
+        """Bytes live before a call, or before the region that it is in; 0 behind the last."""
+        if index >= len(self.memory.order):
+            return 0
+        return self.before[self.taken[index] if index in self.taken else self.memory.order[index]]
 
     def narrow_points(self, indices: Iterable[int], live: Callable[[int], int]) -> list[int]:
         """Where least is live, once for each doubling of the distance, and the nearest few."""

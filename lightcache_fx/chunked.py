@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lightcache_fx.axes import Axis, Reach
 from lightcache_fx.axis_rules import build_local
-from lightcache_fx.graphs import GraphInput, describe
+from lightcache_fx.graphs import GraphInput, describe, num_bytes, placeholders
 from lightcache_fx.liveness import timeline
 from lightcache_fx.regions import Region, full_value, ranges_of
 
@@ -91,12 +91,29 @@ class ChunkedRegion(nn.Module):
         for write, part in zip(chunk.writes, parts, strict=True):
             _write(results[write.index], write, part)
 
+    def body(self, index: int) -> fx.GraphModule:
+        """One of the bodies."""
+        found = self.bodies[index]
+        assert isinstance(found, fx.GraphModule)
+        return found
+
+    def replace_body(self, index: int, body: fx.GraphModule) -> None:
+        """Put another body of the same inputs and outputs in the place of one."""
+        self.bodies[index] = body
+        self._peaks.clear()
+
     def memory_peak(self, rounding: int) -> int:
         """Bytes that the largest chunk takes beside the region's inputs and outputs."""
         if rounding not in self._peaks:
-            graphs = [body.graph for body in self.bodies if isinstance(body, fx.GraphModule)]
-            self._peaks[rounding] = max(timeline(graph, cuda=rounding > 1).peak_bytes for graph in graphs)
+            graphs = [self.body(index).graph for index in range(len(self.bodies))]
+            peaks = [timeline(graph, cuda=rounding > 1).peak_bytes + copied_bytes(graph) for graph in graphs]
+            self._peaks[rounding] = max(peaks)
         return self._peaks[rounding]
+
+
+def copied_bytes(graph: fx.Graph) -> int:
+    """Bytes of the slices of inputs that are copies."""
+    return sum(num_bytes(node) for node in placeholders(graph) if node.meta["lightcache_copied"])
 
 
 def _read(tensor: torch.Tensor, read: Slice) -> torch.Tensor:
@@ -209,6 +226,7 @@ def _build_body(
         node = graph.placeholder(source.name)
         node.meta["lightcache_input"] = GraphInput("user", source.name, "latent")
         value = full_value(source)
+        node.meta["lightcache_copied"] = axis is not None and axis.outer > 1
         node.meta["val"] = value if axis is None else _like(axis.narrow(value, start, stop))
         held[source, axis] = (node, start)
 

@@ -62,7 +62,10 @@ def outputs(graph: fx.Graph) -> tuple[Any, ...]:
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     """The (fake) tensors that a node produces."""
-    return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def num_bytes(node: fx.Node) -> int:

@@ -10,26 +10,42 @@ from __future__ import annotations
 
 import io
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
-from lightcache_fx.graphs import concrete_size, input_of, is_mark, module_path
+from lightcache_fx.graphs import input_of, is_mark, module_path
 from lightcache_fx.plan import format_bytes
 from lightcache_fx.workspaces import attention_on_cuda, workspace_bytes
 
-_CUDA_BLOCK = 512  # c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize
+CUDA_BLOCK = 512  # c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize
 _FOREVER = 2**62
+# Higher-order operators; operators without a fake kernel; sizes and numbers that depend on data.
+_UNPREDICTABLE = (
+    NotImplementedError,
+    UnsupportedFakeTensorException,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+_UNBOUNDED = 2**40
 _LINEAR = torch.ops.aten.linear.default
+_VIEW = torch.ops.aten.view.default
 
 
 @runtime_checkable
@@ -110,7 +126,8 @@ class Timeline:
         peak_node: the call during which it is, or None for a program that allocates nothing.
         held_bytes: bytes of the inputs by kind: weight, constant, user, slot, hoisted.
         blocks: everything that is allocated.
-        assumed: calls that cannot run with fake tensors; they count as one fresh storage for each output.
+        assumed: calls that cannot run with fake tensors (opaque modules, sizes that depend on data); they count as one
+            fresh storage for each output, its size at its upper bound.
     """
 
     steps: tuple[Step, ...]
@@ -179,9 +196,9 @@ class _Run:
         values = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
         on_cuda = any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in values)
         self.kind = "cuda" if (on_cuda if cuda is None else cuda) else "cpu"
-        self.moves = (cuda is not None and cuda != on_cuda) or not on_cuda  # else values stay on the devices they are on
-        self.rounding = _CUDA_BLOCK if self.kind == "cuda" else 1
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.moves = not (on_cuda and self.kind == "cuda")  # else some values may be on the CPU, and stay there
+        self.rounding = CUDA_BLOCK if self.kind == "cuda" else 1
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = _Tracker(self.kind, self.rounding)
         self.assumed: list[fx.Node] = []
 
@@ -229,13 +246,12 @@ class _Run:
         return None
 
     def call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        mapped: Any = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = mapped
         if node.op == "call_module":
             return self.call_module(node, args)
         if is_mark(node):
             return args[0]
-        if _has_symbols(node.meta.get("val")):
-            return self.fresh(node)
         if self.moves:
             args, kwargs = pytree.tree_map_only(torch.device, self.device, (args, kwargs))
         target: Any = node.target
@@ -246,7 +262,7 @@ class _Run:
                 return outputs
         try:
             return target(*args, **kwargs)
-        except (NotImplementedError, UnsupportedFakeTensorException):  # higher-order operators; no fake kernel
+        except _UNPREDICTABLE:
             self.assumed.append(node)
             return self.fresh(node)
 
@@ -281,13 +297,11 @@ class _Run:
 
     def fake_leaf(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            sizes, strides = ([concrete_size(n) for n in given] for given in (value.shape, value.stride()))
+            sizes, strides = ([_concrete(n) for n in given] for given in (value.shape, value.stride()))
             device = self.device(value.device) if self.moves else value.device
             with self.tracker.paused():
                 return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
-        if isinstance(value, torch.SymInt):
-            return concrete_size(value)
-        return value
+        return _concrete(value)
 
     def device(self, _: torch.device) -> torch.device:
         return torch.device(self.kind)
@@ -307,19 +321,25 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _has_symbols(tree: Any) -> bool:
-    return any(
-        isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool)
-        or (isinstance(leaf, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in leaf.shape))
-        for leaf in pytree.tree_leaves(tree)
-    )
+def _concrete(value: Any) -> Any:
+    """A size that depends on data as a number, each of its symbols at its upper bound; anything else as it is.
+
+    Sizes computed from one another agree with each other, as bounds of each one by itself would not: where `n` is at
+    most 7, `n + (7 - n)` is 7.
+    """
+    if not isinstance(value, torch.SymInt):
+        return value
+    node = value.node
+    uppers = {symbol: node.shape_env.var_to_range[symbol].upper for symbol in node.expr.free_symbols}
+    known = {symbol: upper for symbol, upper in uppers.items() if upper.is_number and upper < _UNBOUNDED}
+    return int(node.expr.subs({symbol: known.get(symbol, 1) for symbol in uppers}))
 
 
 class _Tracker(TorchDispatchMode):
     """Sees every operator that allocates, and every storage that dies."""
 
     def __init__(self, kind: str, rounding: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind, self.rounding = kind, rounding
         self.live = 0
         self.now = 0
@@ -331,11 +351,15 @@ class _Tracker(TorchDispatchMode):
         self._paused = False
         self._closed = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._node is not None and self._node.target is _LINEAR and func is torch.ops.aten.add.Tensor:
             func = torch.ops.aten.add_.Tensor  # out of place only for tensor subclasses, native/Linear.cpp
         outputs = func(*args, **kwargs)
+        if func is _VIEW or (
+            torch.Tag.pointwise in func.tags and not func._schema.is_mutable and "device" not in kwargs
+        ):
+            outputs = _with_real_strides(outputs, func, args, kwargs)
         if not self._paused and func.namespace != "prim":
             self.note(outputs, workspace_bytes(func, args, kwargs, outputs, self.kind))
         return outputs
@@ -345,7 +369,7 @@ class _Tracker(TorchDispatchMode):
         total = 0
         for tensor in _tensors(tree):
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
+            if _key(storage) not in self._known:
                 self._watch(storage)
                 total += storage.nbytes()
         return total
@@ -356,7 +380,7 @@ class _Tracker(TorchDispatchMode):
         assert self._node is not None
         for tensor in _tensors(outputs):
             storage = tensor.untyped_storage()
-            key = storage._cdata
+            key = _key(storage)
             if key not in self._known:
                 self._watch(storage)
                 if tensor.device.type == self.kind:
@@ -369,7 +393,7 @@ class _Tracker(TorchDispatchMode):
             self._peak, self._peak_at = self.live + workspace, self.now
 
     def _watch(self, storage: Any) -> None:
-        key = storage._cdata
+        key = _key(storage)
         # The Python object of a storage lives as long as the storage itself.
         self._known[key] = weakref.ref(storage, lambda _: self._died(key))
 
@@ -390,8 +414,14 @@ class _Tracker(TorchDispatchMode):
     def end(self) -> tuple[int, int]:
         return self._peak, self._peak_at
 
-    def paused(self) -> _Pause:
-        return _Pause(self)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While entered, what is allocated does not count."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def close(self) -> tuple[Block, ...]:
         """Everything allocated; deaths are no longer noted."""
@@ -400,17 +430,29 @@ class _Tracker(TorchDispatchMode):
         return tuple(sorted(self._blocks, key=lambda block: block.born))
 
 
-class _Pause:
-    """While entered, what is allocated is the caller's own bookkeeping."""
+def _with_real_strides(output: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """An output with the strides that the C++ kernel gives it: fake ones differ in dimensions of size 1.
 
-    def __init__(self, tracker: _Tracker) -> None:
-        self._tracker = tracker
+    A batch of one image would look channels-last where the real tensor does not, and all later layouts would differ.
+    Metadata kernels written in Python differ too, so an addition, whose is in C++, stands in for a pointwise operator.
+    """
+    inputs = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, torch.Tensor)]
+    if not isinstance(output, torch.Tensor) or not any(1 in x.shape and not x.is_contiguous() for x in inputs):
+        return output
+    with disable_current_modes():
+        twins = [_on_meta(x) for x in inputs]
+        twin = twins[0].view(output.shape) if func is _VIEW else reduce(torch.add, twins, twins[0])
+    return output.as_strided(output.shape, twin.stride(), output.storage_offset())
 
-    def __enter__(self) -> None:
-        self._tracker._paused = True
 
-    def __exit__(self, *_: object) -> None:
-        self._tracker._paused = False
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
+
+
+def _key(storage: torch.UntypedStorage) -> int:
+    """The address of a storage, which fake ones have too; while one lives, no other has it."""
+    address: int = storage._cdata  # noqa: SLF001 - data_ptr is 0 without data
+    return address
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -53,12 +54,13 @@ def measure_peak(function: Callable[[], Any], *, device_type: str = "cpu") -> Me
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     recorded = profiler.profiler
-    assert recorded is not None and recorded.kineto_results is not None
+    assert recorded is not None
+    assert recorded.kineto_results is not None
     # Not through profiler.events(), which drops memory events that happen outside operators.
     events = [
         (event.start_ns(), event.nbytes())
         for event in recorded.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
     ]
     del result
     events.sort(key=lambda event: event[0])  # stable: events of one thread keep their order

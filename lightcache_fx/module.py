@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -220,6 +220,7 @@ def plan(
     policy: Policy = _UNTRANSFORMED,
     *,
     method: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> Plan:
     """What `transform` would do for one call.
 
@@ -231,6 +232,7 @@ def plan(
         kwargs: its keyword arguments.
         policy: as for `transform`.
         method: which method is called; by default forward, or an autoencoder's decode.
+        device: predict memory for this kind of device; by default for the one that the tensors are on.
 
     Raises:
         CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError: as the transformed module would on its first call.
@@ -244,7 +246,7 @@ def plan(
     reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
     captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
-    return with_chunks(captured, make_plan(captured, policy, module))
+    return with_chunks(captured, make_plan(captured, policy, module), cuda=None if device is None else device == "cuda")
 
 
 def _check_module(function: str, module: object) -> None:

@@ -1,7 +1,9 @@
-"""`lightcache::group_stats`: the mean and the reciprocal deviation of GroupNorm, over the whole value, gathered in pieces.
+"""GroupNorm's statistics over the whole value, gathered row by row, so that the rows may come one strip after the other.
 
-With them GroupNorm is a scale and a shift for each channel, so it can be cut along space and time. The statistics are
-never taken over a chunk alone: that is another function, not a rounding of this one.
+`lightcache::row_moments` has one entry for each position of a dimension, so a region that is cut along this dimension
+makes its part of them like any other output, and the value itself need not be kept. `join_moments` makes the mean and
+the deviation of all rows from them. They are never those of a chunk alone: that would be another function, not a
+rounding of this one.
 """
 
 from __future__ import annotations
@@ -9,47 +11,52 @@ from __future__ import annotations
 import torch
 
 _PIECE = 2**20
-"""Elements that are widened to float32 at a time, for each group of each sample at least one."""
+"""Elements that are widened to float32 at a time, at least one row."""
 
 
-@torch.library.custom_op("lightcache::group_stats", mutates_args=())
-def group_stats(value: torch.Tensor, num_groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each group, float32, both (samples, groups).
-
-    Piece by piece: means and squared deviations of the pieces are joined by the parallel update of Chan, Golub and
-    LeVeque (1979), in float64.
+@torch.library.custom_op("lightcache::row_moments", mutates_args=())
+def row_moments(value: torch.Tensor, num_groups: int, dim: int) -> torch.Tensor:
+    """Mean and variance of each group in each row, float32: (rows, samples, groups, 2).
 
     Args:
         value: (samples, channels, ...), any layout.
         num_groups: divides the channels.
+        dim: the dimension of `value`, 2 or higher, whose positions are the rows.
+    """
+    grouped = value.unflatten(1, (num_groups, -1)).movedim(dim + 1, 0)  # rows N G C/G ...
+    pieces = max(1, min(len(grouped), grouped.numel() // _PIECE))
+    moments = grouped.new_empty((len(grouped), grouped.shape[1], num_groups, 2), dtype=torch.float32)
+    inner = list(range(3, grouped.dim()))
+    for rows, result in zip(grouped.tensor_split(pieces), moments.tensor_split(pieces), strict=True):
+        variance, mean = torch.var_mean(rows.float(), dim=inner, correction=0)
+        result[..., 0] = mean
+        result[..., 1] = variance
+    return moments
+
+
+@row_moments.register_fake
+def _(value: torch.Tensor, num_groups: int, dim: int) -> torch.Tensor:
+    return value.new_empty((value.shape[dim], value.shape[0], num_groups, 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("lightcache::join_moments", mutates_args=())
+def join_moments(moments: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / sqrt(variance + eps) over all rows, float32, both (samples, groups).
+
+    The variance of rows of equal size is the mean of their variances plus the variance of their means (Chan, Golub and
+    LeVeque 1979), here in float64.
+
+    Args:
+        moments: as `row_moments` gives them.
         eps: as GroupNorm's.
     """
-    samples, channels = value.shape[:2]
-    grouped = value.unflatten(1, (num_groups, channels // num_groups))  # N G C/G ...
-    shape = (samples, num_groups)
-    count = 0
-    mean = torch.zeros(shape, dtype=torch.float64, device=value.device)
-    squares = torch.zeros(shape, dtype=torch.float64, device=value.device)
-    for piece in _pieces(grouped):
-        part = piece.float().flatten(2)
-        variance, part_mean = torch.var_mean(part, dim=2, correction=0)
-        number = part.shape[2]
-        delta = part_mean.double() - mean
-        total = count + number
-        squares += variance.double() * number + delta.square() * (count * number / total)
-        mean += delta * (number / total)
-        count = total
-    return mean.float(), (squares / count + eps).rsqrt().float()
+    means, variances = moments.double().unbind(-1)
+    mean = means.mean(dim=0)
+    variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+    return mean.float(), (variance + eps).rsqrt().float()
 
 
-def _pieces(grouped: torch.Tensor) -> list[torch.Tensor]:
-    """Views of (samples, groups, channels, ...) along its longest inner dimension, of about `_PIECE` elements each."""
-    dim = max(range(2, grouped.dim()), key=lambda d: grouped.shape[d])
-    num_pieces = max(1, min(grouped.shape[dim], -(-grouped.numel() // _PIECE)))
-    return list(grouped.tensor_split(num_pieces, dim=dim))
-
-
-@group_stats.register_fake
-def _(value: torch.Tensor, num_groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG001
-    shape = (value.shape[0], num_groups)
-    return value.new_empty(shape, dtype=torch.float32), value.new_empty(shape, dtype=torch.float32)
+@join_moments.register_fake
+def _(moments: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG001
+    shape = moments.shape[1:3]
+    return moments.new_empty(shape), moments.new_empty(shape)

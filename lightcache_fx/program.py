@@ -12,22 +12,19 @@ import torch
 from torch import fx, nn
 
 from lightcache_fx.capture import Capture
-from lightcache_fx.chunk_planner import ChunkPlan, plan_chunks
+from lightcache_fx.chunk_planner import ChunkPlan, plan_program
 from lightcache_fx.cuts import Slot
 from lightcache_fx.errors import BudgetError
 from lightcache_fx.flops import total_flops
 from lightcache_fx.graphs import GraphInput, copy_graph, describe, input_of, num_bytes, outputs, placeholders
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.passes.base import Pass, run_passes
-from lightcache_fx.passes.chunk_regions import chunk_regions
 from lightcache_fx.passes.read_cache import read_cache
 from lightcache_fx.passes.remove_dead_code import remove_dead_code
 from lightcache_fx.passes.remove_marks import remove_marks
-from lightcache_fx.passes.split_group_norm import group_norms, split_group_norm
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan, format_bytes
-from lightcache_fx.policy import Region
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,18 @@ def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
     programs = {}
     for name, graph in _whole_graphs(capture, plan).items():
         if name in plan.chunks:
-            run_passes(graph, _chunking(plan.chunks[name]))
+            plan.chunks[name].chunking.apply(graph)
         programs[name] = _program(name, capture, graph, num_outputs=0 if name == "prologue" else num_outputs)
     return programs
 
 
-def with_chunks(capture: Capture, plan: Plan) -> Plan:
+def with_chunks(capture: Capture, plan: Plan, *, cuda: bool | None = None) -> Plan:
     """The plan with the regions of each of its programs, where its policy asks for chunks or has a budget.
+
+    Args:
+        capture: of the model.
+        plan: what was decided before.
+        cuda: predict memory for a CUDA device or for the CPU; by default for the one that the values are on.
 
     Raises:
         BudgetError: a program's peak stays above the budget whatever is cut.
@@ -87,25 +89,10 @@ def with_chunks(capture: Capture, plan: Plan) -> Plan:
     chunks = {}
     for name, graph in _whole_graphs(capture, plan).items():
         graph_module = fx.GraphModule(_modules(capture, graph), graph)
-        chunks[name] = plan_program(graph_module.graph, _budget(plan, name), regions if name != "prologue" else ())
+        chunks[name] = plan_program(graph_module.graph, _budget(plan, name), regions if name != "prologue" else (), cuda=cuda)
         if not chunks[name].fits:
             raise BudgetError(_explain_floor(plan, name, chunks[name], graph))
     return replace(plan, chunks=chunks)
-
-
-def plan_program(graph: fx.Graph, budget: int | None, regions: Sequence[Region] = ()) -> ChunkPlan:
-    """Regions for one program; GroupNorms are split only where the budget cannot be kept without."""
-    plain = plan_chunks(graph, budget, regions)
-    norms = group_norms(graph)
-    if plain.fits or not norms:
-        return plain
-    split, _ = copy_graph(graph)
-    split.owning_module = graph.owning_module
-    run_passes(split, [("split_group_norm", partial(split_group_norm, names=norms))])
-    found = plan_chunks(split, budget, regions)
-    if found.peak_after >= plain.peak_after:
-        return plain
-    return replace(found, split_norms=tuple(norms), peak_before=plain.peak_before)
 
 
 def _budget(plan: Plan, name: str) -> int | None:
@@ -145,14 +132,6 @@ def _whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
         graphs[name], _ = copy_graph(capture.graph_module.graph)
         run_passes(graphs[name], passes, keeps_outputs=name != "full")
     return graphs
-
-
-def _chunking(chunk: ChunkPlan) -> list[tuple[str, Pass]]:
-    """The passes that carry out a chunk plan, in order."""
-    return [
-        ("split_group_norm", partial(split_group_norm, names=chunk.split_norms)),
-        ("chunk_regions", partial(chunk_regions, regions=chunk.regions)),
-    ]
 
 
 def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, Pass]]]:

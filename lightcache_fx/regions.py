@@ -8,7 +8,7 @@ when its queries are cut, a time embedding) stays outside and is computed once, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,9 +40,19 @@ class Region:
     size: int
 
     def bounds(self, index: int, count: int, node: fx.Node) -> tuple[int, int]:
-        """Positions of output `node` that chunk `index` of `count` makes; chunks differ by one position at most."""
-        size = self.axes[node].size
-        return index * size // count, (index + 1) * size // count
+        """Positions of output `node` that chunk `index` of `count` makes: all chunks are alike but the last, if uneven."""
+        size, length = self.axes[node].size, -(-self.size // count)
+        start, stop = index * length, min((index + 1) * length, self.size)
+        return start * size // self.size, stop * size // self.size
+
+    def counts(self, wanted: Iterable[int]) -> list[int]:
+        """Numbers of chunks near the wanted ones, rising, each with another length, up to one position a chunk."""
+        most = min(self.axes[node].size for node in self.outputs)
+        lengths = {-(-self.size // count) for count in (*wanted, most) if 1 < count <= most}
+        return sorted(-(-self.size // length) for length in lengths)
+
+
+NeedsOf = Callable[[fx.Node, Axis], dict[fx.Node, Need | None]]
 
 
 class Blocked(Exception):
@@ -58,6 +68,7 @@ class _Walk:
     """The state of a walk back through a stretch of nodes."""
 
     members: frozenset[fx.Node]
+    needs_of: NeedsOf
     axes: dict[fx.Node, Axis] = field(default_factory=dict)
     whole: set[fx.Node] = field(default_factory=set)
     needs: dict[fx.Node, dict[fx.Node, Need | None]] = field(default_factory=dict)
@@ -82,7 +93,7 @@ class _Walk:
     def visit(self, node: fx.Node) -> None:
         """Follow one cut node back to its inputs."""
         try:
-            self.needs[node] = needs_of(node, self.axes[node])
+            self.needs[node] = self.needs_of(node, self.axes[node])
         except CannotCut as error:
             raise Blocked(node, self.axes[node], error) from error
         for source, need in self.needs[node].items():
@@ -92,12 +103,15 @@ class _Walk:
                 self.cut(source, need.axis)
 
 
-def trace_region(stretch: Sequence[fx.Node], axis: Axis, *, seed: fx.Node | None = None) -> Region:
+def trace_region(
+    stretch: Sequence[fx.Node], axis: Axis, *, seed: fx.Node | None = None, needs_of: NeedsOf = needs_of
+) -> Region:
     """The region that computes the values that leave `stretch`, a run of nodes in graph order, cut along `axis`.
 
     Args:
         stretch: nodes that may be computed chunk by chunk.
         axis: how the seed is cut.
+        needs_of: the rules, or something that remembers what they said.
         seed: the value that is cut first; by default the last one that leaves the stretch. Other values that leave are
             cut as the walk finds them, or along an axis of as many positions that agrees with what they are made from.
 
@@ -110,7 +124,7 @@ def trace_region(stretch: Sequence[fx.Node], axis: Axis, *, seed: fx.Node | None
     several = next((node for node in leaving if not isinstance(node.meta["val"], torch.Tensor)), None)
     if several is not None:
         raise Blocked(several, axis, CannotCut("an operation with several results is parted from them"))
-    walk = _Walk(members)
+    walk = _Walk(members, needs_of)
     walk.cut(seed, axis)
     wanted = set(leaving)
     # An output that only the walk from a later output reaches may be cut along another axis than it would be alone, so
@@ -145,7 +159,7 @@ def _cut_output(walk: _Walk, node: fx.Node, size: int) -> None:
     """Cut a further output along an axis on which it agrees with what is cut already."""
     for axis in axes_of(node):
         try:
-            needs = needs_of(node, axis)
+            needs = walk.needs_of(node, axis)
         except CannotCut:
             continue
         asked = {source: need for source, need in needs.items() if source in walk.members and source not in walk.whole}

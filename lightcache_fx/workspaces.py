@@ -1,17 +1,19 @@
 """Bytes that leaf kernels allocate inside themselves, where no dispatch mode sees it.
 
-Each formula is the kernel's own algorithm, named by its file in the torch sources, and was compared with the allocator's
-events of torch 2.13 on a CPU with AVX2. Operators that are not here count with no workspace; so do cuDNN's and cuBLAS's
-workspaces (unknown: they depend on heuristics and on the device), and what oneDNN and MKL take from malloc, which torch
-does not see either. On the CPU a workspace that each thread has counts once for each of `torch.get_num_threads()`.
+Each formula is the kernel's own algorithm, named by its file in the torch sources, and was compared with the
+allocator's events of torch 2.13 on a CPU with AVX2. Operators that are not here count with no workspace; so do cuDNN's
+and cuBLAS's workspaces (unknown: they depend on heuristics and on the device), and what oneDNN and MKL take from
+malloc, which torch does not see either. On the CPU a workspace that each thread has counts once for each of
+`torch.get_num_threads()`.
 
-Letters: N batch, C channels, O output channels, G groups, L query tokens, S key tokens, E head size.
+Letters: N batch, C channels, G groups, L query tokens, S key tokens, E head size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ def workspace_bytes(
 
 def attention_on_cuda(
     query: torch.Tensor,
-    key: torch.Tensor,
+    _key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
     *_: Any,
@@ -107,8 +109,9 @@ def _matrix_copy(matrix: torch.Tensor) -> int:
     """Bytes of a BLAS operand's copy: one of its dimensions must be dense. Source: native/LinearAlgebra.cpp."""
     rows, columns = matrix.shape[-2:]
     row_stride, column_stride = matrix.stride()[-2:]
-    dense = (column_stride == 1 and row_stride >= max(1, columns)) or (row_stride == 1 and column_stride >= max(1, rows))
-    return 0 if dense else rows * columns * matrix.element_size()
+    by_rows = column_stride == 1 and row_stride >= max(1, columns)
+    by_columns = row_stride == 1 and column_stride >= max(1, rows)
+    return 0 if by_rows or by_columns else rows * columns * matrix.element_size()
 
 
 # Pointwise operators: numbers wrapped as tensors, and operands cast to the common type
@@ -123,11 +126,8 @@ def _pointwise(operator: OpOverload, args: Sequence[Any], outputs: Sequence[torc
     operands: list[Any] = []
     for argument, given in zip(operator._schema.arguments, args, strict=False):
         kind = str(argument.type)
-        if isinstance(given, torch.Tensor):
-            operands.append(given)
-        elif isinstance(given, int | float) and (
-            kind == "Tensor" or (kind == "number" and argument.name in ("other", "self"))
-        ):
+        wrapped = kind == "Tensor" or (kind == "number" and argument.name in ("other", "self"))
+        if isinstance(given, torch.Tensor) or (wrapped and isinstance(given, int | float)):
             operands.append(given)
     if not outputs or not operands:
         return 0
@@ -139,8 +139,8 @@ def _pointwise(operator: OpOverload, args: Sequence[Any], outputs: Sequence[torc
         if isinstance(operand, torch.Tensor):
             total += operand.numel() * common.itemsize if operand.dtype != common else 0
         else:
-            own = torch.float64 if isinstance(operand, float) else torch.int64
-            total += (1 if isinstance(operand, bool) else _CPU_SCALAR_BYTES) + (common.itemsize if own != common else 0)
+            own = _number_type(operand)
+            total += own.itemsize + (common.itemsize if own != common else 0)
     if operator._schema.name.endswith("_") and outputs[0].dtype != common:
         total += outputs[0].numel() * common.itemsize  # written there first, then cast back
     return total
@@ -157,18 +157,30 @@ def _common_type(operands: Sequence[Any], output: torch.Tensor, *, returns_bool:
 
 
 def _result_type(operands: Sequence[Any]) -> torch.dtype:
-    """torch.result_type of any number of tensors and numbers."""
-    tensors = [x for x in operands if isinstance(x, torch.Tensor)]
-    numbers = [x for x in operands if not isinstance(x, torch.Tensor)]
-    found = tensors[0].dtype
-    rank = tensors[0].dim()
-    for tensor in tensors[1:]:
-        given = torch.empty((1,) * min(rank, 1), dtype=found, device="meta")
-        other = torch.empty((1,) * min(tensor.dim(), 1), dtype=tensor.dtype, device="meta")
-        found, rank = torch.result_type(given, other), max(rank, tensor.dim())
-    for number in numbers:
-        found = torch.result_type(torch.empty((1,) * min(rank, 1), dtype=found, device="meta"), number)
-    return found
+    """torch.result_type of any number of tensors and numbers. Source: native/TypeProperties.cpp."""
+    groups: tuple[list[torch.dtype], ...] = ([], [], [])  # tensors, 0-dimensional tensors, numbers: in this order
+    for operand in operands:
+        if isinstance(operand, torch.Tensor):
+            groups[0 if operand.dim() else 1].append(operand.dtype)
+        else:
+            groups[2].append(torch.get_default_dtype() if isinstance(operand, float) else _number_type(operand))
+    return reduce(_combined, [reduce(torch.promote_types, group) for group in groups if group])
+
+
+def _combined(higher: torch.dtype, lower: torch.dtype) -> torch.dtype:
+    """A group of lower priority counts only where it is of a higher kind."""
+    if higher.is_complex or (higher.is_floating_point and not lower.is_complex):
+        return higher
+    if higher.is_floating_point:
+        return higher.to_complex()
+    if higher == torch.bool or lower.is_floating_point or lower.is_complex:
+        return torch.promote_types(higher, lower)
+    return higher
+
+
+def _number_type(number: Any) -> torch.dtype:
+    """The type of a Python number as a tensor."""
+    return torch.float64 if isinstance(number, float) else torch.bool if isinstance(number, bool) else torch.int64
 
 
 # Operators whose loop reads another type than it writes, or that make no iterator of common types.
@@ -178,18 +190,20 @@ _CASTS_IN_PLACE |= {"aten::fill_", "aten::fill", "aten::zero_", "aten::clamp", "
 
 def _pow(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
     base, exponent = args[:2]
+    output = outputs[0]
     if device != "cpu":
         return 0
     if not isinstance(base, torch.Tensor):
-        own = torch.float64 if isinstance(base, float) else torch.int64
-        return _CPU_SCALAR_BYTES + (outputs[0].element_size() if own != outputs[0].dtype else 0)
+        own = _number_type(base)
+        return own.itemsize + (output.element_size() if own != output.dtype else 0)
     both = [x for x in (base, exponent) if isinstance(x, torch.Tensor)]
-    return sum(x.numel() * outputs[0].element_size() for x in both if x.dtype != outputs[0].dtype)
+    return sum(x.numel() * output.element_size() for x in both if x.dtype != output.dtype)
 
 
 def _clone(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
     """The tile through which the CPU transposes a large matrix. Source: native/Copy.cpp."""
-    source, target = args[0], outputs[0]
+    source: torch.Tensor = args[0]
+    target = outputs[0]
     transposed = source.dim() == 2 and source.stride(0) == 1 and source.stride(1) == source.shape[0]
     if device == "cpu" and transposed and target.is_contiguous() and source.numel() >= _TRANSPOSE_TILE:
         return _TRANSPOSE_TILE * source.element_size()
@@ -201,7 +215,8 @@ def _clone(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Ten
 
 def _mean(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
     """On the CPU a sum, in float32 for half precision, divided in place. Source: native/ReduceOps.cpp."""
-    source, output = args[0], outputs[0]
+    source: torch.Tensor = args[0]
+    output = outputs[0]
     if device != "cpu":
         return 0
     if output.dtype in (torch.bfloat16, torch.float16):
@@ -215,8 +230,9 @@ def _softmax(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch
 
 def _safe_softmax(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
     """A softmax, then the mask of -inf, its rows, and a zero. Source: native/transformers/attention.cpp."""
-    scores = args[0]
-    rows = scores.numel() // max(1, scores.shape[args[1]])
+    scores: torch.Tensor = args[0]
+    dim: int = args[1]
+    rows = scores.numel() // max(1, scores.shape[dim])
     masks = scores.numel() + rows + outputs[0].element_size()
     return max(_contiguous_copy(scores), masks) if device == "cpu" else masks
 
@@ -226,7 +242,8 @@ def _group_norm(device: str, args: Sequence[Any], _: Any, _outputs: Sequence[tor
 
     Source: native/cpu/group_norm_kernel.cpp, native/cuda/group_norm_kernel.cu.
     """
-    source, N, C, pixels, G = args[0], *args[3:7]
+    source: torch.Tensor = args[0]
+    N, C, pixels, G = (int(size) for size in args[3:7])
     if device != "cpu":
         return 2 * 4 * N * C
     if source.is_contiguous() or not _is_channels_last(source):
@@ -257,7 +274,8 @@ def _cpu_flash_attention(_device: str, args: Sequence[Any], _: Any, _outputs: Se
 
     Source: native/cpu/FlashAttentionKernel.cpp.
     """
-    query, key = args[:2]
+    query: torch.Tensor = args[0]
+    key: torch.Tensor = args[1]
     L, S, E = query.shape[-2], key.shape[-2], query.shape[-1]
     rows = min(L, 256 if L >= 768 else 64 if L >= 192 else 32)
     columns = min(S, 512)
@@ -271,10 +289,12 @@ def _cpu_flash_attention(_device: str, args: Sequence[Any], _: Any, _outputs: Se
 
 
 def _convolution(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Tensor]) -> int:
-    source, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
+    source: torch.Tensor = args[0]
+    weight: torch.Tensor = args[1]
+    bias, stride, padding, dilation, transposed, output_padding, groups = args[2:9]
     if device != "cpu":  # cuDNN's workspace is unknown
         return 0 if _is_channels_last(source) else _contiguous_copy(source)
-    backend = torch._C._select_conv_backend(
+    backend = torch._C._select_conv_backend(  # noqa: SLF001 - the choice that the kernel's dispatcher makes
         source,
         weight,
         bias,
@@ -339,22 +359,22 @@ def _onednn(
     Fewer than 8 input channels are read plain. In channels-last only the weight is reordered.
     Source: native/mkldnn/Conv.cpp, and jit_avx2_conv_kernel_f32.cpp and jit_brgemm_conv.cpp in oneDNN.
     """
-    O, C = weight.shape[:2]
+    num_outputs, C = weight.shape[:2]
     kernel = math.prod(weight.shape[2:])
     depthwise = groups > 1 and C == 1
-    padded_O = O if groups > 1 else _round(O)
+    padded = num_outputs if groups > 1 else _round(num_outputs)
     padded_C = C if groups > 1 or C < _VECTOR else _round(C)
     size = source.element_size()
     if channels_last:
-        blocked_weight = padded_O * C * kernel * size
+        blocked_weight = padded * C * kernel * size
         copies = _channels_last_copy(source)
         if depthwise:
             return copies + blocked_weight
         return copies + _channels_last_copy(weight) + _BRGEMM_SCRATCH + blocked_weight
     blocked_source = 0 if source.shape[1] < _VECTOR else _num_bytes(source) // C * padded_C
-    blocked_weight = padded_O * padded_C * kernel * size
-    blocked_output = _num_bytes(output) // O * padded_O
-    padded_bias = padded_O * size + _SCRATCH_PADDING if bias is not None and padded_O != O else 0
+    blocked_weight = padded * padded_C * kernel * size
+    blocked_output = _num_bytes(output) // num_outputs * padded
+    padded_bias = padded * size + _SCRATCH_PADDING if bias is not None and padded != num_outputs else 0
     running = blocked_source + blocked_weight + padded_bias + blocked_output - _num_bytes(output)
     return _contiguous_copy(source) + max(running, blocked_output)
 

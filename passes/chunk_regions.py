@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import fx
 
@@ -12,20 +13,45 @@ from lightcache_fx.axes import Axis
 from lightcache_fx.chunked import build_region
 from lightcache_fx.errors import PassError
 from lightcache_fx.flops import count_flops
-from lightcache_fx.graphs import calls
-from lightcache_fx.passes.base import PassResult
+from lightcache_fx.graphs import calls, copy_graph
+from lightcache_fx.passes.base import Pass, PassResult, run_passes
+from lightcache_fx.passes.recompute_values import recompute_values
+from lightcache_fx.passes.split_group_norm import split_group_norm
 from lightcache_fx.regions import Blocked, Region, trace_region
 
 
 @dataclass(frozen=True)
 class PlannedRegion:
-    """What the planner decided: nodes `first` to `last`, by name, cut as `axis` cuts `seed`, in `count` chunks."""
+    """What the planner decided: nodes `first` to `last`, by name, cut as `axis` cuts `seed`, in `count` chunks.
+
+    Attributes:
+        bodies: how each of the chunks' bodies is cut in turn; empty where it is not.
+    """
 
     first: str
     last: str
     seed: str
     axis: Axis
     count: int
+    bodies: tuple[Chunking, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """Everything that is done to one graph: GroupNorms to split and values to recompute, by name; then its regions."""
+
+    split_norms: tuple[str, ...] = ()
+    recomputed: tuple[str, ...] = ()
+    regions: tuple[PlannedRegion, ...] = ()
+
+    def apply(self, graph: fx.Graph) -> None:
+        """Carry it out."""
+        passes: list[tuple[str, Pass]] = [
+            ("split_group_norm", partial(split_group_norm, names=self.split_norms)),
+            ("recompute_values", partial(recompute_values, names=self.recomputed)),
+            ("chunk_regions", partial(chunk_regions, regions=self.regions)),
+        ]
+        run_passes(graph, passes)
 
 
 def chunk_regions(graph: fx.Graph, *, regions: Sequence[PlannedRegion]) -> PassResult:
@@ -65,10 +91,20 @@ def stretch_between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return nodes[nodes.index(first) : nodes.index(last) + 1]
 
 
+def chunked_body(body: fx.GraphModule, chunking: Chunking) -> fx.GraphModule:
+    """A copy of a chunk's body that is cut in turn."""
+    graph, _ = copy_graph(body.graph)
+    chunking.apply(graph)
+    modules = {str(n.target): n.meta["lightcache_region"] for n in graph.nodes if "lightcache_region" in n.meta}
+    return fx.GraphModule(modules, graph, class_name="Body")
+
+
 def _insert(
     graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, flops_of: dict[fx.Node, int]
 ) -> None:
     module = build_region(region, planned.count, flops_of)
+    for index, chunking in enumerate(planned.bodies):
+        module.replace_body(index, chunked_body(module.body(index), chunking))
     last = next(node for node in graph.nodes if node.name == planned.last)
     with graph.inserting_after(last):
         call = graph.create_node("call_module", name, tuple(region.inputs), name=name)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from lightcache_fx.norm_stats import group_stats
+from lightcache_fx import norm_stats  # noqa: F401 registers the operators
 from lightcache_fx.passes.base import PassResult
 
 aten = torch.ops.aten
@@ -17,7 +17,8 @@ aten = torch.ops.aten
 def split_group_norm(graph: fx.Graph, *, names: Iterable[str]) -> PassResult:
     """Replace GroupNorms by their statistics and what is done with them (Wu and He 2018, in two passes).
 
-        %n = aten.group_norm(%x, 32, %w, %b, eps)    ->   %s = lightcache.group_stats(%x, 32, eps)
+        %n = aten.group_norm(%x, 32, %w, %b, eps)    ->   %m = lightcache.row_moments(%x, 32, rows)
+                                                          %s = lightcache.join_moments(%m, eps)    # mean, rstd
                                                           %scale = rstd * w; %shift = b - mean * scale   # [N, C, 1, 1]
                                                           %n = aten.addcmul(%shift, %x, %scale)
 
@@ -32,8 +33,8 @@ def split_group_norm(graph: fx.Graph, *, names: Iterable[str]) -> PassResult:
 
 
 def group_norms(graph: fx.Graph) -> list[str]:
-    """The names of the GroupNorms that have something to cut: more than batch and channels."""
-    return [n.name for n in graph.nodes if n.target is aten.group_norm.default and n.meta["val"].dim() > 2]
+    """The names of the GroupNorms of images and videos: of sequences, a row would be one token."""
+    return [n.name for n in graph.nodes if n.target is aten.group_norm.default and n.meta["val"].dim() > 3]
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> None:
@@ -58,7 +59,8 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
         return call(aten._to_copy.default, source, dtype=torch.float32)  # noqa: SLF001 the operator's own name
 
     with graph.inserting_before(node):
-        stats = call(torch.ops.lightcache.group_stats.default, value, num_groups, eps)
+        moments = call(torch.ops.lightcache.row_moments.default, value, num_groups, _row_dim(tensor))
+        stats = call(torch.ops.lightcache.join_moments.default, moments, eps)
         mean, rstd = (call(operator.getitem, stats, index) for index in range(2))
 
         def per_channel(source: fx.Node) -> fx.Node:
@@ -82,4 +84,6 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-__all__ = ["group_norms", "group_stats", "split_group_norm"]
+def _row_dim(tensor: torch.Tensor) -> int:
+    """The dimension that is cut into strips: height, the last but one, or the only one of a sequence."""
+    return max(2, tensor.dim() - 2)

@@ -164,8 +164,8 @@ def train_unet(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 1,
-    steps: int = 6600,
-    decay_steps: int = 2200,
+    steps: int = 5700,
+    decay_steps: int = 1100,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
 ) -> None:

@@ -45,22 +45,32 @@ def needs_of(node: fx.Node, axis: Axis, result: int | None = None) -> dict[fx.No
     """
     if node.op != "call_function":
         raise CannotCut(f"%{node.name} is no operation but a {node.op}: it cannot be computed in parts")
-    results = tensors_of(node)
-    for index in range(len(results)) if result is None else [*range(len(results)), result]:
-        if axis.dim >= results[index].dim() or results[index].shape[axis.dim] != axis.extent:
-            raise CannotCut(f"{node.target} cannot be cut along {axis}: its results differ there, or have no such size")
+    results = tensors_of(node) if result is None else [*tensors_of(node), tensors_of(node)[result]]
+    if node.target is operator.getitem:  # every result of the producer is cut
+        results += tensors_of(node.all_input_nodes[0])
+    if not results or not all(_has(tensor, axis) for tensor in results):
+        raise CannotCut(f"{node.target} cannot be cut along {axis}: its results differ there, or have no such size")
     if node.target is operator.getitem:
-        (source,) = node.all_input_nodes
-        return {source: Need(axis)}
+        return {node.all_input_nodes[0]: Need(axis)}
     call = Call(node, axis, bound_arguments(node) if isinstance(node.target, OpOverload) else {})
+    number = next((source for source in node.all_input_nodes if not tensors_of(source)), None)
+    if number is not None:
+        raise call.refuse(f"its argument %{number.name} is a number that depends on data")
+    stated = list(find_rule(call).needs(call))
     found: dict[fx.Node, Need | None] = {}
-    for source, need in find_rule(call).needs(call):
-        if found.setdefault(source, need) != need:
-            raise call.refuse(f"%{source.name} is read twice, in different parts")
     for source in node.all_input_nodes:
-        if tensors_of(source) and source not in found:
-            found[source] = None
-    return {source: found[source] for source in node.all_input_nodes if source in found}
+        needs = [need for other, need in stated if other is source]
+        needs += [None] * (call.reads.count(source) - len(needs))  # what a rule does not name is needed whole
+        if any(need != needs[0] for need in needs):
+            raise call.refuse(f"%{source.name} is read twice, in different parts")
+        found[source] = needs[0]
+    return found
+
+
+def _has(tensor: torch.Tensor, axis: Axis) -> bool:
+    """Whether a tensor's dimension is as long as an axis says; a size that depends on data never is."""
+    size = tensor.shape[axis.dim] if axis.dim < tensor.dim() else None
+    return isinstance(size, int) and size == axis.extent
 
 
 def find_rule(call: Call) -> Rule:

@@ -18,9 +18,9 @@ def _attention(call: Call) -> Needs:
     if call.args["dropout_p"]:
         raise call.refuse("dropout draws random numbers")
     ndim = len(call.shape)
-    mask: Needs = [] if call.args["attn_mask"] is None else [call.broadcast("attn_mask")]
     if call.axis.dim == ndim - 1:
         raise call.refuse("the features of a head are computed together")
+    mask: Needs = [] if call.args["attn_mask"] is None else [call.broadcast("attn_mask")]
     if call.axis.dim == ndim - 2:
         if call.args["is_causal"]:
             raise call.refuse("which keys a query sees depends on where it is in the whole")

@@ -39,8 +39,12 @@ class Window:
 
 
 def padding_there(chunk: Local, source: str) -> tuple[int, int]:
-    """How far a chunk reaches beyond what is there of an input, at either end."""
+    """How many elements to pad an input's part with at either end; where all is padding, the part is taken away."""
     (low, high), (start, stop) = chunk.ranges(source)
+    if high <= start:
+        return high - low, start - stop
+    if low >= stop:
+        return start - stop, high - low
     return start - low, high - stop
 
 
@@ -118,7 +122,6 @@ def _conv_transpose(call: Call) -> Needs:
     return [call.same("input")]
 
 
-
 @rule(
     aten.avg_pool1d.default,
     aten.avg_pool2d.default,
@@ -129,7 +132,7 @@ def _conv_transpose(call: Call) -> Needs:
 )
 def _pool(call: Call) -> Needs:
     """Batch, channels, and space where nothing is padded."""
-    count = int(call.node.target.name().removesuffix("d")[-1])  # type: ignore[union-attr]
+    count = int(call.target.name().removesuffix("d")[-1])
     space = call.axis.dim - (len(call.shape) - count)
     if space < 0:
         return [call.same("self")]
@@ -146,8 +149,6 @@ def _pool(call: Call) -> Needs:
     aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool3d.default,
-    aten._adaptive_avg_pool2d.default,
-    aten._adaptive_avg_pool3d.default,
 )
 def _adaptive_pool(call: Call) -> Needs:
     count = len(call.args["output_size"])

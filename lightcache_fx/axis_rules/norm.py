@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import torch
+
+from lightcache_fx import norm_stats  # noqa: F401 registers the operators
 from lightcache_fx.axis_rules.registry import Call, Needs, aten, rule
 
 
-@rule(aten.group_norm.default, aten.native_group_norm.default)
+@rule(aten.native_group_norm.default, local=lambda chunk: chunk.again(N=chunk.length))
+@rule(aten.group_norm.default)
 def _group_norm(call: Call) -> Needs:
     """`B C *S`, each group of channels normalised over space."""
     if call.axis.dim != 0:
         raise call.refuse("the statistics of a group of channels need all of its channels and all of space")
     return [call.same("input")]
+
+
+@rule(torch.ops.lightcache.row_moments.default)
+def _row_moments(call: Call) -> Needs:
+    call.forbid((2, 3), "a row's moments are those of all channels of a group")
+    return [call.same("value", call.args["dim"] if call.axis.dim == 0 else 0)]
 
 
 @rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)
@@ -40,9 +50,7 @@ def _batch_norm(call: Call) -> Needs:
 
 @rule(
     aten.softmax.int,
-    aten._softmax.default,
     aten.log_softmax.int,
-    aten._log_softmax.default,
     aten.cumsum.default,
     aten.cumprod.default,
     aten.logcumsumexp.default,

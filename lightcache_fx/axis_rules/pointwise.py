@@ -13,7 +13,7 @@ def _everywhere(call: Call) -> Needs:
     sizes = [call.sizes(source) for source in call.node.all_input_nodes]
     if tuple(torch.broadcast_shapes(*sizes)) != call.shape:
         raise call.refuse(f"inputs of sizes {sizes} are not broadcast to {call.shape}")
-    return [call.broadcast(source) for source in call.node.all_input_nodes]
+    return [call.broadcast(source) for source in call.reads]
 
 
 # Operators that torch tags as pointwise need no entry: this is their rule.
@@ -73,7 +73,6 @@ rule(
 def _cast_like(call: Call) -> Needs:
     """Of the other tensor only the type counts."""
     return [call.same("self")]
-
 
 
 @rule(MARK, local=lambda chunk: chunk["tensor"])

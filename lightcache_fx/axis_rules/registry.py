@@ -27,6 +27,7 @@ from lightcache_fx.axes import Axis, Need
 
 aten = torch.ops.aten
 Needs = Iterable[tuple[fx.Node, Need | None]]
+_SOURCE = ("nn_module_stack", "stack_trace")  # where in the model a call comes from
 
 
 class CannotCut(Exception):  # noqa: N818 - control flow, not an error: it never reaches the user
@@ -57,6 +58,19 @@ class Call:
     axis: Axis
     args: Mapping[str, Any]
 
+    @property
+    def target(self) -> OpOverload:
+        """The operator."""
+        assert isinstance(self.node.target, OpOverload)
+        return self.node.target
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """Every node among the arguments, as often as it is there."""
+        found: list[fx.Node] = []
+        fx.map_arg((self.node.args, self.node.kwargs), found.append)
+        return found
+
     def refuse(self, why: str, *alternatives: Axis) -> CannotCut:
         """The exception to raise, naming the operation."""
         return CannotCut(f"{self.node.target} cannot be cut along {self.axis}: {why}", alternatives)
@@ -67,7 +81,7 @@ class Call:
             raise self.refuse(why)
 
     def blocks(self, size: int) -> list[Axis]:
-        """The axis in blocks of `size` elements of its dimension, for a refusal to offer; none where they do not fit."""
+        """The axis in blocks of `size` elements of its dimension, to offer in a refusal; none where they do not fit."""
         axis, block = self.axis, math.lcm(self.axis.inner, size)
         count, rest = divmod(axis.size * axis.inner, block)
         return [Axis(axis.dim, count, axis.outer, block)] if not rest and count > 1 else []
@@ -160,18 +174,16 @@ class Local(Call):
 
     def again(self, **changes: Any) -> fx.Node:
         """The same operation on the parts that are there, with some arguments changed."""
-        target = self.node.target
-        assert isinstance(target, OpOverload)
-        positional = [argument.name for argument in target._schema.arguments if not argument.kwarg_only]
+        positional = [argument.name for argument in self.target._schema.arguments if not argument.kwarg_only]
         args = [changes.pop(name, value) for name, value in zip(positional, self.node.args, strict=False)]
-        return self.emit(target, *args, **{**self.node.kwargs, **changes})
+        return self.emit(self.target, *args, **{**self.node.kwargs, **changes})
 
     def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Append a call; inputs of the original call stand for the parts of them that are there."""
-        args, kwargs = fx.map_arg((args, kwargs), lambda node: self.inputs.get(node, node))  # type: ignore[assignment]
+        args, kwargs = fx.map_arg((args, kwargs), lambda node: self.inputs.get(node, node))
         new = self.graph.call_function(target, tuple(args), kwargs)
         new.meta["val"] = evaluate(target, args, kwargs)
-        new.meta.update({key: self.node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in self.node.meta})
+        new.meta.update((key, self.node.meta[key]) for key in _SOURCE if key in self.node.meta)
         return new
 
     def take(self, node: fx.Node, dim: int, start: int, length: int) -> fx.Node:

@@ -37,7 +37,7 @@ def finer_axes(sizes: Sequence[int], axis: Axis, source: Sequence[int]) -> list[
     found: list[tuple[int, int]] = []  # positions and how many positions of the axis each stands for
     for inner in (divisor for divisor in range(1, axis.size) if axis.size % divisor == 0):
         count = max(_counts(source, stride_of(sizes, axis) * inner, axis.size // inner), default=1)
-        if 1 < count and not any(inner % i == 0 and (i * n) % (inner * count) == 0 for n, i in found):
+        if count > 1 and not any(inner % i == 0 and (i * n) % (inner * count) == 0 for n, i in found):
             found.append((count, inner))
     found.sort(reverse=True)
     return [Axis(axis.dim, n, axis.outer * (axis.size // (n * i)), i * axis.inner) for n, i in found]

@@ -8,36 +8,26 @@ from fractions import Fraction
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from lightcache_fx.axes import Axis, Need, Reach
 from lightcache_fx.axis_rules.conv import padding_there
 from lightcache_fx.axis_rules.registry import Call, Local, Needs, aten, rule
 
-_NEAREST = {
-    aten.upsample_nearest1d.vec: 1,
-    aten.upsample_nearest1d.default: 1,
-    aten.upsample_nearest2d.vec: 2,
-    aten.upsample_nearest2d.default: 2,
-    aten.upsample_nearest3d.vec: 3,
-    aten.upsample_nearest3d.default: 3,
-    aten._upsample_nearest_exact1d.vec: 1,
-    aten._upsample_nearest_exact1d.default: 1,
-    aten._upsample_nearest_exact2d.vec: 2,
-    aten._upsample_nearest_exact2d.default: 2,
-    aten._upsample_nearest_exact3d.vec: 3,
-    aten._upsample_nearest_exact3d.default: 3,
+# How many spatial dimensions each has.
+_NEAREST: dict[OpOverload, int] = {
+    overload: count
+    for name in ("upsample_nearest", "_upsample_nearest_exact")
+    for count in (1, 2, 3)
+    for overload in (getattr(aten, f"{name}{count}d").default, getattr(aten, f"{name}{count}d").vec)
 }
-_SMOOTH = {
+_SMOOTH: dict[OpOverload, int] = {
     aten.upsample_linear1d.vec: 1,
     aten.upsample_linear1d.default: 1,
     aten.upsample_bilinear2d.vec: 2,
     aten.upsample_bilinear2d.default: 2,
-    aten._upsample_bilinear2d_aa.vec: 2,
-    aten._upsample_bilinear2d_aa.default: 2,
     aten.upsample_bicubic2d.vec: 2,
     aten.upsample_bicubic2d.default: 2,
-    aten._upsample_bicubic2d_aa.vec: 2,
-    aten._upsample_bicubic2d_aa.default: 2,
     aten.upsample_trilinear3d.vec: 3,
     aten.upsample_trilinear3d.default: 3,
 }
@@ -71,8 +61,7 @@ def _cropped(chunk: Local, made: fx.Node, source: str, factor: int) -> fx.Node:
 
 def _space(call: Call) -> int:
     """Which spatial dimension is cut; negative for batch and channels."""
-    count = _NEAREST.get(call.node.target) or _SMOOTH[call.node.target]  # type: ignore[arg-type, index]
-    return call.axis.dim - (len(call.shape) - count)
+    return call.axis.dim - (len(call.shape) - {**_NEAREST, **_SMOOTH}[call.target])
 
 
 def _upsampled(chunk: Local) -> fx.Node:
@@ -150,49 +139,48 @@ def _sides(pad: Sequence[int], ndim: int, dim: int) -> tuple[int, int]:
     return (pad[place], pad[place + 1]) if place < len(pad) else (0, 0)
 
 
+def _padding(call: Call) -> tuple[str, list[int], str]:
+    """The name of the argument that lists the padding, the list, and what the padding is filled with."""
+    name = "padding" if "padding" in call.args else "pad"
+    return name, list(call.args[name]), call.args.get("mode", _MODES.get(call.target, "constant"))
+
+
 def _padded(chunk: Local) -> fx.Node:
     """Along the padded dimension only what of the padding lies in the chunk."""
-    pad, dim = list(chunk.args["pad"]), chunk.axis.dim
-    place = 2 * (len(chunk.shape) - 1 - dim)
-    if place < len(pad):
-        reaches = any(pad[place : place + 2])
-        pad[place : place + 2] = padding_there(chunk, "self") if reaches else (0, 0)
-    return chunk.again(pad=pad)
+    name, pad, mode = _padding(chunk)
+    place = 2 * (len(chunk.shape) - 1 - chunk.axis.dim)
+    if any(pad[place : place + 2]):
+        pad[place : place + 2] = _copies_there(chunk) if mode == "replicate" else padding_there(chunk, "self")
+    return chunk.again(**{name: pad})
 
 
-def _constant_pad(call: Call) -> Needs:
-    axis, (before, after) = call.axis, _sides(call.args["pad"], len(call.shape), call.axis.dim)
+def _copies_there(chunk: Local) -> tuple[int, int]:
+    """How many copies of its ends an input's part is padded with; in padding alone the part is the end."""
+    (low, high), (start, stop) = chunk.ranges("self")
+    before = max(min(start, high - 1) - low, 0)
+    return before, high - low - before - (stop - start)
+
+
+_MODES = {
+    aten.reflection_pad1d.default: "reflect",
+    aten.reflection_pad2d.default: "reflect",
+    aten.reflection_pad3d.default: "reflect",
+    aten.replication_pad1d.default: "replicate",
+    aten.replication_pad2d.default: "replicate",
+    aten.replication_pad3d.default: "replicate",
+}
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default, *_MODES, local=_padded)
+def _pad(call: Call) -> Needs:
+    """Constants and copies of the ends are laid around the chunks that have them."""
+    _, pad, mode = _padding(call)
+    axis, (before, after) = call.axis, _sides(pad, len(call.shape), call.axis.dim)
     if not before and not after:
         return [call.same("self")]
+    if mode not in ("constant", "replicate"):
+        raise call.refuse(f"padding of mode {mode!r} copies elements from elsewhere")
     if axis.outer > 1:
         raise call.refuse("a position is in several places, and not all are padded", Axis(axis.dim, axis.extent))
     size = call.sizes("self")[axis.dim]
     return [(call.tensor("self"), Need(Axis(axis.dim, size), Reach(Fraction(axis.inner), before, -before)))]
-
-
-@rule(aten.constant_pad_nd.default, local=_padded)
-def _constant_pad_nd(call: Call) -> Needs:
-    return _constant_pad(call)
-
-
-@rule(aten.pad.default, local=_padded)
-def _pad(call: Call) -> Needs:
-    if call.args["mode"] == "constant":
-        return _constant_pad(call)
-    if any(_sides(call.args["pad"], len(call.shape), call.axis.dim)):
-        raise call.refuse(f"padding of mode {call.args['mode']} copies elements from elsewhere")
-    return [call.same("self")]
-
-
-@rule(
-    aten.reflection_pad1d.default,
-    aten.reflection_pad2d.default,
-    aten.reflection_pad3d.default,
-    aten.replication_pad1d.default,
-    aten.replication_pad2d.default,
-    aten.replication_pad3d.default,
-)
-def _pad_by_copies(call: Call) -> Needs:
-    if any(_sides(call.args["padding"], len(call.shape), call.axis.dim)):
-        raise call.refuse("the padding copies elements from elsewhere")
-    return [call.same("self")]

@@ -160,7 +160,11 @@ def _repeat(call: Call) -> Needs:
     return [call.need("self", replace(axis, dim=dim, outer=axis.outer // repeats))]
 
 
-@rule(aten.repeat_interleave.self_int)
+def _interleaved(chunk: Local) -> fx.Node:
+    return chunk.emit(aten.repeat_interleave.self_int, chunk["self"], chunk.args["repeats"], chunk.args["dim"])
+
+
+@rule(aten.repeat_interleave.self_int, local=_interleaved)
 def _repeat_interleave(call: Call) -> Needs:
     """Copies of each element beside each other: the innermost factor of a dimension."""
     axis, repeats = call.axis, call.args["repeats"]

@@ -1,25 +1,24 @@
 """The checker of rules: an operation, cut in every way that its rule allows, against the operation itself.
 
-    cuts = check_call(node, inputs)      # every axis, several chunks of each
-    assert ways(cuts) == {"dim 0: [4]", "dim 2: [8]"}
+cuts = check_call(node, inputs)      # every axis, several chunks of each
+assert ways(cuts) == {"dim 0: [4]", "dim 2: [8]"}
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from graphs import as_module
 from torch import fx
-from torch.export import export
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.axes import Axis, Need
 from lightcache_fx.axis_rules import CannotCut, build_local, needs_of
-from lightcache_fx.axis_rules.registry import evaluate
-from lightcache_fx.graphs import placeholders, tensors_of
+from lightcache_fx.graphs import tensors_of
 
 Values = Mapping[fx.Node, Any]
 
@@ -63,48 +62,50 @@ def run_call(node: fx.Node, values: Values) -> Any:
 
 def run_chunk(node: fx.Node, axis: Axis, start: int, stop: int, values: Values) -> Any:
     """A chunk of a call, by its rule, on the parts of the inputs that the rule asks for."""
-    body, local, parts = fx.Graph(), {}, []
+    body = fx.Graph()
+    local: dict[fx.Node, fx.Node] = {}
+    found: dict[fx.Node, Any] = {}
     for source, need in needs_of(node, axis).items():
         part = values[source]
         if need is not None:
             low, high = need.reach.of(start, stop, need.axis.size)
-            part = pytree.tree_map(lambda value: need.axis.narrow(value, low, high), part)  # noqa: B023
+            part = pytree.tree_map(partial(need.axis.narrow, start=low, stop=high), part)
         local[source] = body.placeholder(source.name)
-        local[source].meta["val"] = pytree.tree_map(lambda value: evaluate(torch.clone, (value,), {}), part)
-        parts.append(part)
+        local[source].meta["val"] = pytree.tree_map(_fake, part)
+        found[local[source]] = part
     made = build_local(body, node, axis, start, stop, local)
-    body.output(made)
     for new in body.nodes:
-        assert "val" in new.meta or new.op == "output"
         if new.op == "call_function":
+            found[new] = run_call(new, found)
             assert new.meta.get("nn_module_stack") == node.meta.get("nn_module_stack")
-    with torch.no_grad():
-        found = fx.GraphModule(torch.nn.Module(), body)(*parts)
-    for value, fake in zip(pytree.tree_leaves(found), pytree.tree_leaves(made.meta["val"]), strict=True):
-        assert value.shape == fake.shape
-        assert value.dtype == fake.dtype
-    return found
+        for value, fake in zip(pytree.tree_leaves(found[new]), pytree.tree_leaves(new.meta["val"]), strict=True):
+            assert isinstance(fake, FakeTensor)
+            assert (value.shape, value.dtype) == (fake.shape, fake.dtype)
+    return found[made]
 
 
-def check_axis(node: fx.Node, axis: Axis, values: Values, *, exact: bool) -> None:
+def _fake(value: torch.Tensor) -> torch.Tensor:
+    with FakeTensorMode():  # each value of its own: build_local must bring them together
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+
+
+def check_axis(node: fx.Node, axis: Axis, values: Values, whole: Any, *, exact: bool) -> None:
     """Every chunk of a call along an axis is that part of the whole."""
-    whole = run_call(node, values)
     for start, stop in chunks_of(axis.size):
         found = run_chunk(node, axis, start, stop, values)
         for part, full in zip(pytree.tree_leaves(found), pytree.tree_leaves(whole), strict=True):
             expected = axis.narrow(full, start, stop)
-            message = f"{node.target} along {axis}, positions {start} to {stop}"
+            where = f"{node.target} along {axis}, positions {start} to {stop}"
             if exact:
-                assert torch.equal(part.nan_to_num() if part.is_floating_point() else part,
-                                   expected.nan_to_num() if part.is_floating_point() else expected), message
+                torch.testing.assert_close(part, expected, rtol=0, atol=0, equal_nan=True, msg=where)
             else:
-                scale = full.abs().max().item() or 1.0
-                torch.testing.assert_close(part, expected, rtol=0, atol=2e-6 * scale, equal_nan=True, msg=message)
+                scale = full.nan_to_num().abs().max().item() or 1.0
+                torch.testing.assert_close(part, expected, rtol=0, atol=2e-6 * scale, equal_nan=True, msg=where)
 
 
 def check_call(node: fx.Node, values: Values, *, exact: bool = True) -> Report:
     """Cut a call's output along every axis that its rule does not refuse."""
-    report = Report()
+    report, whole = Report(), run_call(node, values)
     for axis in axes_of(tuple(tensors_of(node)[0].shape)):
         try:
             report.cut[axis] = needs_of(node, axis)
@@ -113,19 +114,30 @@ def check_call(node: fx.Node, values: Values, *, exact: bool = True) -> Report:
             for finer in refusal.alternatives:
                 needs_of(node, finer)
         else:
-            check_axis(node, axis, values, exact=exact)
+            check_axis(node, axis, values, whole, exact=exact)
     return report
 
 
-def check_function(function: Callable[..., Any], *inputs: torch.Tensor, exact: bool = True) -> Report:
-    """`check_call` on every call of a function, as export captures it; the report is of the last one."""
-    with torch.no_grad():
-        graph_module = export(as_module(function), inputs, strict=False).module(check_guards=False)
-    values: dict[fx.Node, Any] = dict(zip(placeholders(graph_module.graph), inputs, strict=True))
-    report = None
-    for node in graph_module.graph.nodes:
-        if node.op == "call_function":
-            values[node] = run_call(node, values)
-            report = check_call(node, values, exact=exact)
-    assert report is not None, "the function calls nothing"
-    return report
+def call_of(target: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.Node, dict[fx.Node, Any]]:
+    """A graph of one call: each tensor among its arguments is a placeholder; one that comes twice is the same."""
+    graph = fx.Graph()
+    known: dict[int, fx.Node] = {}
+    values: dict[fx.Node, Any] = {}
+
+    def as_node(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in known:
+            node = known[id(leaf)] = graph.placeholder(f"input_{len(known)}")
+            values[node], node.meta["val"] = leaf, leaf
+        return known[id(leaf)]
+
+    call = graph.call_function(target, *pytree.tree_map(as_node, (tuple(args), kwargs)))
+    call.meta["nn_module_stack"] = {"": ("block.0", torch.nn.Module)}
+    call.meta["val"] = run_call(call, values)
+    return call, values
+
+
+def check(target: Callable[..., Any], *args: Any, exact: bool = True, **kwargs: Any) -> Report:
+    """`check_call` on one call of an operator with these arguments."""
+    return check_call(*call_of(target, *args, **kwargs), exact=exact)
