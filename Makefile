@@ -15,7 +15,7 @@ ARGS  ?=
 JOBS  ?= 2
 STAGES ?= vae unet export
 
-.PHONY: help setup test demo check lint types format bench bench-gpu train golden clean
+.PHONY: help setup test test-all demo check lint types format bench bench-gpu train golden clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP) ## Run the tests (ARGS='-k cache' is passed to pytest)
+	@$(BIN)/python -m pytest -n $(JOBS) -m 'not slow' $(ARGS)
+
+test-all: $(STAMP) ## Run the slow tests too, which repeat the others on more models
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 demo: $(STAMP) ## Make one video, plain and accelerated, into out/demo

@@ -29,7 +29,7 @@ from lightcache_fx.chunk_memory import (
 )
 from lightcache_fx.chunked import build_region, copied_bytes
 from lightcache_fx.errors import RegionError, nearest
-from lightcache_fx.graphs import copy_graph, describe, module_stack, num_bytes, tensors_of
+from lightcache_fx.graphs import copy_graph, describe, module_stack, num_bytes, output_node, tensors_of
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
 from lightcache_fx.passes.split_group_norm import group_norms
 from lightcache_fx.policy import Region as PolicyRegion
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 _MAX_STEPS = 1000
 _MAX_DEPTH = 1
-_NESTED_TRIES = 2
+_NESTED_TRIES = 1
 _RECOMPUTE_TRIES = 4
 _TRIES = 6
 _ENOUGH = 3
@@ -94,11 +94,12 @@ def plan_program(
     budget: int | None,
     regions: Sequence[PolicyRegion] = (),
     *,
+    frames: int | None = None,
     cuda: bool | None = None,
     depth: int = 0,
 ) -> ChunkPlan:
     """As `plan_chunks`; where the budget cannot be kept so, GroupNorms are split and their values cut across."""
-    plain = plan_chunks(graph, budget, regions, cuda=cuda, depth=depth)
+    plain = plan_chunks(graph, budget, regions, frames=frames, cuda=cuda, depth=depth)
     if plain.fits:
         return plain
 
@@ -106,7 +107,7 @@ def plan_program(
         prepared, _ = copy_graph(graph)
         prepared.owning_module = graph.owning_module
         Chunking(split_norms, recomputed).apply(prepared)
-        plan = plan_chunks(prepared, budget, regions, cuda=cuda, depth=depth)
+        plan = plan_chunks(prepared, budget, regions, frames=frames, cuda=cuda, depth=depth)
         added = plan.seconds_added + plan.seconds_before - plain.seconds_before
         plan = replace(plan, split_norms=split_norms, recomputed=recomputed, peak_before=plain.peak_before)
         return replace(plan, seconds_before=plain.seconds_before, seconds_added=added), prepared
@@ -136,6 +137,7 @@ def plan_chunks(
     budget: int | None,
     regions: Sequence[PolicyRegion] = (),
     *,
+    frames: int | None = None,
     cuda: bool | None = None,
     depth: int = 0,
 ) -> ChunkPlan:
@@ -145,6 +147,7 @@ def plan_chunks(
         graph: of a program, complete but for its regions.
         budget: for activations; None chooses no regions beside the explicit ones.
         regions: explicit ones, taken first.
+        frames: cut the whole graph into so many positions of its output's first dimension at a time.
         cuda: as for `timeline`.
         depth: how many loops this graph is the body of; bodies are cut in turn up to `_MAX_DEPTH`.
 
@@ -154,6 +157,8 @@ def plan_chunks(
     memory = Memory(graph, cuda=cuda)
     before, _ = profile(memory, []).peak()
     chosen = [found for region in regions for found in _explicit(memory, region)]
+    if frames is not None:
+        chosen += _frame_by_frame(memory, frames)
     peak, item = profile(memory, chosen).peak()
     budget = before if budget is None else budget
     planner = _Planner(memory, chosen, budget, depth)
@@ -174,6 +179,34 @@ def plan_chunks(
         seconds_added=sum(region.seconds for region in chosen),
         budget=budget,
     )
+
+
+def _frame_by_frame(memory: Memory, frames: int) -> list[Chosen]:
+    """The whole graph as one region along the first dimension of what it returns; none where one chunk is all."""
+    returned = [node for node in output_node(memory.graph).all_input_nodes if node in memory.place]
+    seed = max(returned, key=memory.place.__getitem__)
+    begin, end = 0, len(memory.order) - 1
+    axis = Axis(0, full_value(seed).shape[0])
+    if frames >= axis.size:
+        return []
+    try:
+        region = trace_region(memory.order, axis, seed=seed)
+    except Blocked as blocked:
+        raise RegionError(
+            f"decode: frames={frames}, but frames depend on each other: {describe(blocked.node)}: {blocked}; give a"
+            f" budget instead of frames, which cuts space where it must"
+        ) from blocked
+    return [_as_told(memory, region, (begin, end), (seed, axis), frames)]
+
+
+def _as_told(
+    memory: Memory, region: Region, stretch: tuple[int, int], cut: tuple[fx.Node, Axis], size: int
+) -> Chosen:
+    """A region in chunks of `size` positions."""
+    (begin, end), (seed, axis) = stretch, cut
+    count = -(-axis.size // min(size, axis.size))
+    peak, seconds = body_peak(memory, region, count), chunk_seconds(memory, region, count)
+    return Chosen(begin, end, axis, seed, region, count, peak, sum(map(num_bytes, region.outputs)), seconds)
 
 
 def _explicit(memory: Memory, wanted: PolicyRegion) -> Iterator[Chosen]:
@@ -206,9 +239,7 @@ def _explicit(memory: Memory, wanted: PolicyRegion) -> Iterator[Chosen]:
             raise RegionError(
                 f"region {wanted.module}: axis {wanted.axis} cannot be cut: {describe(blocked.node)}: {blocked}"
             ) from blocked
-        count = -(-axis.size // min(wanted.size, axis.size))
-        peak, seconds = body_peak(memory, region, count), chunk_seconds(memory, region, count)
-        yield Chosen(begin, end, axis, seed, region, count, peak, sum(map(num_bytes, region.outputs)), seconds)
+        yield _as_told(memory, region, (begin, end), (seed, axis), wanted.size)
 
 
 class _Planner:

@@ -35,7 +35,15 @@ class CutError(LightcacheError, ValueError):
 
 
 class BudgetError(LightcacheError, ValueError):
-    """A memory budget is below what chunking can reach."""
+    """A memory budget is below what chunking can reach.
+
+    Attributes:
+        reached: the least bytes of activations that were reached, or None where the budget leaves none for them.
+    """
+
+    def __init__(self, message: str, reached: int | None = None) -> None:
+        super().__init__(message)
+        self.reached = reached
 
 
 class RegionError(LightcacheError, ValueError):

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -46,6 +45,11 @@ _UNPREDICTABLE = (
 _UNBOUNDED = 2**40
 _LINEAR = torch.ops.aten.linear.default
 _VIEW = torch.ops.aten.view.default
+_WITH_NUMBERS = {
+    getattr(packet, overload)
+    for packet in (torch.ops.aten.add, torch.ops.aten.sub, torch.ops.aten.mul, torch.ops.aten.div)
+    for overload in ("Tensor", "Scalar")
+}
 
 
 @runtime_checkable
@@ -154,10 +158,7 @@ class Timeline:
 
     def table(self, limit: int = 10) -> Table:
         """A rich table of `by_module`."""
-        held = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in self.held_bytes.items())
-        where = f" at %{self.peak_node.name}" if self.peak_node is not None else ""
-        title = f"activation peak {format_bytes(self.peak_bytes)}{where}; held: {held or 'nothing'}"
-        table = Table(title=title, title_justify="left")
+        table = Table(title="highest modules", title_justify="left")
         for column in ("module", "call", "live", "largest then"):
             table.add_column(column, justify="right" if column == "live" else "left", overflow="fold")
         for row in self.by_module(limit):
@@ -165,8 +166,15 @@ class Timeline:
             table.add_row(row.module, f"%{row.node.name}", format_bytes(row.num_bytes), largest)
         return table
 
+    def summary(self) -> str:
+        """One line: the peak, where it is, and what the caller holds."""
+        held = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in self.held_bytes.items())
+        where = f" at %{self.peak_node.name}" if self.peak_node is not None else ""
+        return f"activation peak {format_bytes(self.peak_bytes)}{where}; held: {held or 'nothing'}"
+
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, force_terminal=False, highlight=False)
+        console.print(self.summary())
         console.print(self.table())
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return str(text).rstrip()
@@ -199,7 +207,7 @@ class _Run:
         self.moves = not (on_cuda and self.kind == "cuda")  # else some values may be on the CPU, and stay there
         self.rounding = CUDA_BLOCK if self.kind == "cuda" else 1
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.tracker = _Tracker(self.kind, self.rounding)
+        self.tracker = _Tracker(self.mode, self.kind, self.rounding)
         self.assumed: list[fx.Node] = []
 
     def timeline(self) -> Timeline:
@@ -237,6 +245,7 @@ class _Run:
             else:
                 before = self.tracker.begin(node) if steps is not None else 0
                 values[node] = self.call(node, values)
+                self.tracker.now += 1  # what dies within the call dies before what the call uses last
                 for used in last_uses.get(node, ()):
                     if used.op != "placeholder":
                         values[used] = None
@@ -338,9 +347,9 @@ def _concrete(value: Any) -> Any:
 class _Tracker(TorchDispatchMode):
     """Sees every operator that allocates, and every storage that dies."""
 
-    def __init__(self, kind: str, rounding: int) -> None:
+    def __init__(self, mode: FakeTensorMode, kind: str, rounding: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kind, self.rounding = kind, rounding
+        self.mode, self.kind, self.rounding = mode, kind, rounding
         self.live = 0
         self.now = 0
         self._peak, self._peak_at = 0, 0
@@ -355,11 +364,10 @@ class _Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._node is not None and self._node.target is _LINEAR and func is torch.ops.aten.add.Tensor:
             func = torch.ops.aten.add_.Tensor  # out of place only for tensor subclasses, native/Linear.cpp
+        # From its cache, fake mode gives a copy that keeps strides too small a storage.
+        self.mode.cache_enabled = func is not torch.ops.aten.copy.default
         outputs = func(*args, **kwargs)
-        if func is _VIEW or (
-            torch.Tag.pointwise in func.tags and not func._schema.is_mutable and "device" not in kwargs
-        ):
-            outputs = _with_real_strides(outputs, func, args, kwargs)
+        outputs = _with_real_strides(outputs, func, args, kwargs)
         if not self._paused and func.namespace != "prim":
             self.note(outputs, workspace_bytes(func, args, kwargs, outputs, self.kind))
         return outputs
@@ -431,22 +439,26 @@ class _Tracker(TorchDispatchMode):
 
 
 def _with_real_strides(output: Any, func: Any, args: Any, kwargs: Any) -> Any:
-    """An output with the strides that the C++ kernel gives it: fake ones differ in dimensions of size 1.
+    """An output with the strides that the C++ kernel gives it: fake ones may differ in dimensions of size 1.
 
     A batch of one image would look channels-last where the real tensor does not, and all later layouts would differ.
-    Metadata kernels written in Python differ too, so an addition, whose is in C++, stands in for a pointwise operator.
+    Seen in views, and where TensorIterator meets a number or a 0-dimensional tensor and so takes its slow path.
     """
-    inputs = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, torch.Tensor)]
-    if not isinstance(output, torch.Tensor) or not any(1 in x.shape and not x.is_contiguous() for x in inputs):
+    source = args[0] if args else None
+    if not isinstance(output, torch.Tensor) or not isinstance(source, torch.Tensor):
+        return output
+    with_number = len(args) > 1 and (isinstance(args[1], int | float) or _is_scalar(args[1]))
+    pointwise = with_number and func in _WITH_NUMBERS and not kwargs
+    if source.is_contiguous() or 1 not in source.shape or not (func is _VIEW or pointwise):
         return output
     with disable_current_modes():
-        twins = [_on_meta(x) for x in inputs]
-        twin = twins[0].view(output.shape) if func is _VIEW else reduce(torch.add, twins, twins[0])
+        twin = torch.empty_strided(source.shape, source.stride(), device="meta")
+        twin = twin.view(output.shape) if func is _VIEW else twin + torch.empty((), device="meta")
     return output.as_strided(output.shape, twin.stride(), output.storage_offset())
 
 
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _key(storage: torch.UntypedStorage) -> int:

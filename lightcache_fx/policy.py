@@ -183,19 +183,16 @@ class Chunk(_Settings):
 
 
 class Decode(_Settings):
-    """How an autoencoder decodes (and encodes): as a loop over slices, exact in all cases unless told otherwise.
+    """How an autoencoder decodes (and encodes): as a loop over slices, exact in all cases.
 
     Attributes:
         frames: so many images or frames at a time, where they do not depend on each other; the default when no budget
             is given is 1. Autoencoders whose frames do are refused; give a budget, which cuts space instead.
         budget: the most bytes that activations may take; slices are chosen, of frames or strips of space, to keep it.
-        frame_by_frame: decode each frame by itself although frames depend on each other (the LightCache paper's
-            slicing of temporal decoders): approximate, another picture. Only for models that take `num_frames`.
     """
 
     frames: Annotated[int, pydantic.Field(ge=1)] | None = None
     budget: Bytes | None = None
-    frame_by_frame: bool = False
 
 
 S = TypeVar("S", bound=_Settings)
@@ -254,6 +251,12 @@ class Policy(_Settings):
             keys = ", ".join(Decode.model_fields)
             raise ValueError(f"expected a Decode, or a mapping with the keys {keys}, got {value!r}")
         return _read(Decode, value)
+
+    def frames_at_a_time(self) -> int | None:
+        """How many frames an autoencoder takes at a time; None where a budget, or nothing, decides."""
+        if self.decode is None:
+            return None
+        return 1 if self.decode.frames is None and self.decode.budget is None else self.decode.frames
 
     def of_autoencoder(self) -> Policy:
         """What of this policy applies to an autoencoder: nothing that is about denoising steps."""

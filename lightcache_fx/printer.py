@@ -189,7 +189,17 @@ def _format_node(node: fx.Node, *, modules: bool) -> str:
         return f"return {_format_argument(node.args[0])}"
     declared = f"%{node.name} : {format_type(node.meta['val'])}" if "val" in node.meta else f"%{node.name}"
     module = _innermost_module(node) if modules else ""
-    return f"{declared} = {_format_call(node)}" + (f"  # {module}" if module else "")
+    line = f"{declared} = {_format_call(node)}" + (f"  # {module}" if module else "")
+    return line + _format_bodies(node, modules=modules) if "lightcache_region" in node.meta else line
+
+
+def _format_bodies(node: fx.Node, *, modules: bool) -> str:
+    """The body of a region's largest chunks, indented, and how many other bodies there are for the borders."""
+    bodies = list(node.meta["lightcache_region"].bodies)
+    inner = bodies[len(bodies) // 2] if len(bodies) > 2 else bodies[0]  # noqa: PLR2004 a first and a last chunk
+    lines = [f"    {line}" for line in format_graph(inner, modules=modules).splitlines()]
+    others = f"  # and {len(bodies) - 1} more for chunks at borders" if len(bodies) > 1 else ""
+    return "\n".join([" {", *lines, "}" + others])
 
 
 def _format_call(node: fx.Node) -> str:
@@ -204,6 +214,8 @@ def _format_call(node: fx.Node) -> str:
             return f"placeholder{in_brackets}" if arguments else "placeholder"
         case "get_attr":
             return f"attribute {json.dumps(node.target)}"
+        case "call_module" if "lightcache_region" in node.meta:
+            return f"region {json.dumps(node.target)} [{node.meta['lightcache_region'].label}]{in_brackets}"
         case "call_module":
             return f"module {json.dumps(node.target)}{in_brackets}"
         case "call_method":

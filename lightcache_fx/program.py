@@ -83,15 +83,17 @@ def with_chunks(capture: Capture, plan: Plan, *, cuda: bool | None = None) -> Pl
         RegionError: an explicit region that does not exist in any program, or that cannot be cut.
     """
     policy = plan.policy
-    if policy.chunk is None and policy.memory_budget is None:
+    frames = policy.frames_at_a_time() if capture.layout.method != "forward" else None
+    if policy.chunk is None and policy.memory_budget is None and frames is None:
         return plan
-    regions = policy.chunk.regions if policy.chunk is not None else []
+    explicit = policy.chunk.regions if policy.chunk is not None else []
     chunks = {}
     for name, graph in _whole_graphs(capture, plan).items():
         graph_module = fx.GraphModule(_modules(capture, graph), graph)
-        chunks[name] = plan_program(graph_module.graph, _budget(plan, name), regions if name != "prologue" else (), cuda=cuda)
+        regions = explicit if name != "prologue" else []
+        chunks[name] = plan_program(graph_module.graph, _budget(plan, name), regions, frames=frames, cuda=cuda)
         if not chunks[name].fits:
-            raise BudgetError(_explain_floor(plan, name, chunks[name], graph))
+            raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
     return replace(plan, chunks=chunks)
 
 

@@ -136,8 +136,10 @@ def trace_region(
             walk.visit(node)
     # What turned out to be needed whole leaves the region after its readers were visited; the needs of nodes that left
     # do not count.
-    body = tuple(node for node in stretch if node in walk.axes and node not in walk.whole)
-    if seed in walk.whole or seed not in walk.axes:
+    cut = {node for node in stretch if node in walk.axes and node not in walk.whole}
+    # One of several results of a call outside is taken out of them outside.
+    body = tuple(n for n in stretch if n in cut and (n.target is not operator.getitem or n.all_input_nodes[0] in cut))
+    if seed not in body:
         raise Blocked(seed, axis, CannotCut("it is needed whole"))
     inside = set(body)
     outputs = tuple(node for node in leaving if node in inside)

@@ -16,6 +16,7 @@ from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import TransformError
 from lightcache_fx.module_state import ModuleState
+from lightcache_fx.outputs import register_distributions
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import BoundProgram, Program, build_programs, with_chunks
@@ -54,6 +55,7 @@ class Runtime:
     """
 
     def __init__(self, module: nn.Module, policy: Policy, method: str = "forward") -> None:
+        register_distributions()
         self.module = module
         self.policy = policy
         self.reader = CallReader(module, rates=policy.rates, method=method)

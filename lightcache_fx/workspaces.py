@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -68,7 +69,7 @@ def attention_on_cuda(
     (N, L, heads, E) and a float32 log-sum-exp. Returns None for shapes that only the unfused composite takes.
     Source: native/transformers/cuda/sdp_utils.cpp, attention.cu.
     """
-    if query.dim() != 4 or query.shape[-1] % 8 or value.shape[-1] > 256:
+    if query.dim() != 4 or query.shape[-1] % 8:  # the memory-efficient kernel takes heads of any larger width
         return None, 0
     N, heads, L, _E = query.shape
     output = value.new_empty((N, L, heads, value.shape[-1])).transpose(1, 2)
@@ -94,6 +95,11 @@ def _contiguous_copy(tensor: torch.Tensor | None) -> int:
 def _is_channels_last(tensor: torch.Tensor) -> bool:
     layout = _CHANNELS_LAST.get(tensor.dim())
     return layout is not None and tensor.is_contiguous(memory_format=layout)
+
+
+def _suggests_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether a kernel that asks a tensor's layout works in channels-last; dimensions of size 1 can tell against it."""
+    return tensor.dim() in _CHANNELS_LAST and suggest_memory_format(tensor) == _CHANNELS_LAST[tensor.dim()]
 
 
 def _channels_last_copy(tensor: torch.Tensor) -> int:
@@ -210,6 +216,12 @@ def _clone(device: str, args: Sequence[Any], _: Any, outputs: Sequence[torch.Ten
     return 0
 
 
+def _repeat(device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
+    """The sizes are computed as tensors of int64, on the host. Source: native/TensorShape.cpp, `repeat`."""
+    repeats: Sequence[int] = args[1]
+    return 4 * 8 * len(repeats) if device == "cpu" else 0
+
+
 # Reductions and normalisations
 
 
@@ -246,8 +258,8 @@ def _group_norm(device: str, args: Sequence[Any], _: Any, _outputs: Sequence[tor
     N, C, pixels, G = (int(size) for size in args[3:7])
     if device != "cpu":
         return 2 * 4 * N * C
-    if source.is_contiguous() or not _is_channels_last(source):
-        return _any_layout_copy(source)
+    if not _suggests_channels_last(source):
+        return _contiguous_copy(source)
     if pixels < 1024:
         return 4 * N * 2 * C
     return 4 * torch.get_num_threads() * N * 2 * C + 4 * N * 2 * G
@@ -306,21 +318,29 @@ def _convolution(device: str, args: Sequence[Any], _: Any, outputs: Sequence[tor
         groups,
         None if bias is None else bias.shape,
     ).name
-    channels_last = any(_is_channels_last(x) and not x.is_contiguous() for x in (source, weight))
-    if backend.startswith("Mkldnn") and not transposed:
+    channels_last = _suggests_channels_last(source) or _suggests_channels_last(weight)
+    if transposed:
+        return _contiguous_copy(source) + _transposed(source, weight, outputs[0], slow=backend.startswith("Slow"))
+    if backend.startswith("Mkldnn"):
         return _onednn(source, weight, bias, outputs[0], groups, channels_last=channels_last)
-    if backend.startswith("Slow") and not transposed:
+    if backend.startswith("Slow"):
         depth_kernel = backend == "Slow3d"
         if groups > 1 and not depth_kernel:
             return _grouped(source, weight, stride, padding, outputs[0], groups)
         operands = _channels_last_copy if channels_last and not depth_kernel else _contiguous_copy
         columns = _columns(source.shape[1], weight, stride, padding, outputs[0])
         return operands(source) + operands(weight) + columns
-    if backend.startswith("Slow"):  # transposed: one image's columns, for half precision and odd shapes
-        kernel = math.prod(weight.shape[2:])
-        pixels = math.prod(source.shape[2:])
-        return _contiguous_copy(source) + weight.shape[1] * kernel * pixels * source.element_size()
     return _contiguous_copy(source)
+
+
+def _transposed(source: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, *, slow: bool) -> int:
+    """Columns of all images; or oneDNN (whose name torch does not tell here), reordered and then copied once more.
+
+    Source: native/NaiveConvolutionTranspose2d.cpp, native/mkldnn/Conv.cpp.
+    """
+    if slow:
+        return source.shape[0] * weight[0].numel() * math.prod(source.shape[2:]) * source.element_size()
+    return max(_num_bytes(source) + _num_bytes(weight), 2 * _num_bytes(output))
 
 
 def _columns(channels: int, weight: torch.Tensor, stride: Any, padding: Any, output: torch.Tensor) -> int:
@@ -423,6 +443,7 @@ _KERNELS: dict[str, _Kernel] = {
     "aten::pow": _pow,
     "aten::clone": _clone,
     "aten::mean": _mean,
+    "aten::repeat": _repeat,
     "aten::_softmax": _softmax,
     "aten::_log_softmax": _softmax,
     "aten::_safe_softmax": _safe_softmax,

@@ -105,6 +105,8 @@ def _insert(
     module = build_region(region, planned.count, flops_of)
     for index, chunking in enumerate(planned.bodies):
         module.replace_body(index, chunked_body(module.body(index), chunking))
+    if graph.owning_module is not None:
+        graph.owning_module.add_submodule(name, module)
     last = next(node for node in graph.nodes if node.name == planned.last)
     with graph.inserting_after(last):
         call = graph.create_node("call_module", name, tuple(region.inputs), name=name)

@@ -125,7 +125,6 @@ def captured(
 ) -> Captured:
     """Capture `model(*args, **kwargs)`; with `normalized=False` as export left it."""
     module = model if isinstance(model, nn.Module) else as_module(model)
-    owner = type(module).__name__
     call = CallReader(module, rates=rates or {}).read(args, kwargs)
     with contextlib.nullcontext() if normalized else _raw():
         return Captured(module, call, capture_module.capture(module, call, mark=mark))

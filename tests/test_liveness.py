@@ -78,7 +78,8 @@ def test_views_cost_nothing_and_keep_their_storage() -> None:
     def chain(x: torch.Tensor) -> torch.Tensor:
         return x.exp().t().reshape(20, 5, 2).permute(2, 0, 1)[0].unsqueeze(0)
 
-    assert_peak(chain, x(), peak=X + X, end=X)  # the reshape of a transpose copies, the others do not
+    assert_peak(chain, x(), peak=X, end=X)
+    assert_peak(lambda x: chain(x).reshape(5, 20), x(), peak=X + X // 2, end=X // 2)  # this one copies
 
 
 def test_a_reshape_that_is_a_view_is_free() -> None:
@@ -137,7 +138,7 @@ def test_an_unused_output_dies_with_its_operator() -> None:
 
     statistics = 2 * 10 * F32
     predicted = assert_peak(norm, x(), peak=X + statistics, end=X)
-    assert [step.after for step in predicted.steps] == [X + statistics, X]  # the tuple dies after its getitem
+    assert predicted.steps[0].after == X + statistics  # the tuple dies after its last getitem
 
 
 def test_a_value_that_nobody_uses_dies_at_once() -> None:
@@ -153,7 +154,8 @@ def test_a_value_that_nobody_uses_dies_at_once() -> None:
 
 
 def test_temporaries_of_a_composite_operator_die_within_it() -> None:
-    predicted, real = both(lambda x: F.rms_norm(x, [20]), x())
+    weight = x(20)
+    predicted, real = both(lambda x: F.rms_norm(x, [20], weight), x())
     assert predicted.peak_bytes == real.peak_bytes
     assert predicted.peak_bytes > 2 * X
     assert predicted.steps[0].after == X
@@ -243,9 +245,8 @@ def test_the_table_names_the_modules() -> None:
     assert rows[0].num_bytes == predicted.peak_bytes == 2 * 4 * X
     assert [block.num_bytes for block in rows[0].largest] == [4 * X, 4 * X]
     assert len(predicted.by_module(2)) == 2
-    assert str(predicted).splitlines()[0].rstrip() == (
-        "activation peak 6.2 KiB at %gelu; held: weight 12.9 KiB, user 800 B"
-    )
+    assert predicted.summary() == "activation peak 6.2 KiB at %gelu; held: weight 12.9 KiB, user 800 B"
+    assert predicted.summary() in str(predicted)
 
 
 def test_measuring_counts_what_was_allocated_during_the_call() -> None:
@@ -293,12 +294,16 @@ OPERATORS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor], torch.Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        (name, layout)
+        for name, (shape, _) in OPERATORS.items()
+        for layout in (LAYOUTS if len(shape) > 3 else ["contiguous"])
+    ],
+)
 def test_workspaces_of_operators(name: str, layout: str, dtype: torch.dtype) -> None:
     shape, function = OPERATORS[name]
-    if len(shape) < 4 and layout != "contiguous":
-        pytest.skip("channels-last is for images and videos")
     predicted, real = both(function, LAYOUTS[layout](x(*shape).to(dtype)))
     assert predicted.peak_bytes == real.peak_bytes
 
@@ -317,6 +322,13 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "video_batch": ((2, 16, 5, 12, 12), (32, 16, 3, 3, 3), {"padding": 1}),
     "sequence": ((2, 16, 400), (32, 16, 3), {"padding": 1}),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_workspaces_of_a_transposed_convolution(dtype: torch.dtype) -> None:
+    weight = x(32, 16, 2, 2).to(dtype)
+    predicted, real = both(lambda x: F.conv_transpose2d(x, weight, stride=2), x(2, 32, 16, 16).to(dtype))
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -409,16 +421,16 @@ def decoder(autoencoder: nn.Module, dtype: torch.dtype, shape: tuple[int, ...], 
 
 
 SD = {"block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8, "attention_head_dim": 4}
-SVD = {"block_out_channels": (64, 64, 128), "num_attention_heads": (2, 2, 4), "num_frames": 6}
+SVD = {"block_out_channels": (64, 64, 128), "num_attention_heads": (2, 2, 4), "num_frames": 4}
 DIT = {"attention_head_dim": 32, "num_attention_heads": 4}
 
 
 def sd_inputs(draw: Draw) -> dict[str, Any]:
-    return {"sample": draw.latent(2, 4, 48, 48)}
+    return {"sample": draw.latent(2, 4, 32, 32)}
 
 
 def svd_inputs(draw: Draw) -> dict[str, Any]:
-    return {"sample": draw.latent(2, 6, 8, 24, 24)}
+    return {"sample": draw.latent(2, 4, 8, 16, 16)}
 
 
 def video_inputs(draw: Draw) -> dict[str, Any]:
@@ -498,7 +510,18 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+SLOW = {
+    "svd_full",
+    "svd_bfloat16",
+    "sd_bfloat16",
+    "animatediff",
+    "modelscope",
+}  # bfloat16 convolutions are, with AVX2 alone
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PROGRAMS]
+)
 def test_programs(name: str, record_property: Callable[[str, object], None]) -> None:
     graph_module, arguments = PROGRAMS[name]()
     predicted = timeline(graph_module.graph)

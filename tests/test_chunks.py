@@ -1,0 +1,419 @@
+"""Chunked programs: equal to the whole ones, within the budget, and refused with reasons where they cannot be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from axis_rules.vaes import VAES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+import lightcache_fx as lc
+from graphs import Captured, captured
+from lightcache_fx.chunk_planner import ChunkPlan, plan_program
+from lightcache_fx.errors import BudgetError, PolicyError, RegionError
+from lightcache_fx.graphs import copy_graph
+from lightcache_fx.liveness import timeline
+from lightcache_fx.measure import measure_peak
+from lightcache_fx.policy import Chunk, Decode, Policy, Region
+from zoo import ZOO
+
+TOLERANCE = 1e-5
+"""Largest error, as a share of the output's largest element."""
+
+
+def chunked(given: Captured, budget: int, *, at_floor: bool = False) -> tuple[fx.GraphModule, ChunkPlan]:
+    """The captured graph cut to a budget; with `at_floor` to the least that is reached where the budget is not."""
+    plan = plan_program(given.graph_module.graph, budget)
+    assert plan.fits or at_floor, f"the least reached is {plan.peak_after} of {plan.peak_before}, not {budget}"
+    graph, _ = copy_graph(given.graph_module.graph)
+    plan.chunking.apply(graph)
+    modules = {
+        str(node.target): node.meta.get("lightcache_region") or given.graph_module.get_submodule(str(node.target))
+        for node in graph.nodes
+        if node.op == "call_module"
+    }
+    return fx.GraphModule(modules, graph), plan
+
+
+def error(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
+    """The largest, over the scale of what is expected."""
+    assert len(found) == len(expected)
+    return max(
+        float((a.double() - b.double()).abs().max() / max(b.double().abs().max(), 1e-30))
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def assert_equal_at_two_budgets(given: Captured, shares: tuple[float, float] = (0.85, 0.6)) -> None:
+    """Equal to the whole program, whether the budget is reached or not, and the predicted peak is the graph's own."""
+    whole, peak = given.run(), timeline(given.graph_module.graph).peak_bytes
+    for share in shares:
+        module, plan = chunked(given, int(share * peak), at_floor=True)
+        assert plan.regions, "nothing was cut"
+        assert error(given.run(module), whole) <= TOLERANCE
+        assert timeline(module.graph).peak_bytes <= 1.05 * plan.peak_after
+
+
+def zoo_capture(name: str) -> Captured:
+    model, make_inputs = ZOO[name].build(torch.float32)
+    return captured(model, **make_inputs(seed=0, step=3))
+
+
+FEW = ("svd", "modelscope", "easyanimate", "wan")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_models(name: str) -> None:
+    assert_equal_at_two_budgets(zoo_capture(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in FEW])
+def test_every_other_model(name: str) -> None:
+    assert_equal_at_two_budgets(zoo_capture(name))
+
+
+FEW_VAES = ("kl", "svd")
+
+
+@pytest.mark.parametrize("name", FEW_VAES)
+def test_decoders(name: str) -> None:
+    assert_equal_at_two_budgets(captured(VAES[name].decoder(), torch.randn(VAES[name].latent)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in VAES if name not in FEW_VAES])
+def test_every_other_decoder(name: str) -> None:
+    assert_equal_at_two_budgets(captured(VAES[name].decoder(), torch.randn(VAES[name].latent)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(VAES))
+def test_encoders(name: str) -> None:
+    assert_equal_at_two_budgets(captured(VAES[name].encoder(), torch.randn(VAES[name].video)))
+
+
+# Toys --------------------------------------------------------------------------------------------------------------
+
+
+class FeedForward(nn.Module):
+    """A GEGLU feed-forward with its norm and residual: B L C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 128), nn.Linear(64, 16)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        value, gate = self.up(self.norm(sample)).chunk(2, dim=-1)
+        return sample + self.down(value * F.gelu(gate))
+
+
+class Resnet(nn.Module):
+    """GroupNorm, SiLU and convolution twice, with a residual: N C H W."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(4, channels) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        hidden = sample
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            hidden = conv(F.silu(norm(hidden)))
+        return sample + hidden
+
+
+def given_of(module: nn.Module, *shape: int) -> Captured:
+    torch.manual_seed(1)
+    return captured(module.eval(), torch.randn(shape) * 2 + torch.arange(shape[-1]))
+
+
+@pytest.mark.parametrize("length", [64, 101, 97])
+def test_uneven_chunks(length: int) -> None:
+    given = given_of(FeedForward(), 3, length, 16)
+    module, plan = chunked(given, timeline(given.graph_module.graph).peak_bytes // 4)
+    assert plan.regions
+    assert error(given.run(module), given.run()) <= TOLERANCE
+
+
+def test_measured_as_predicted() -> None:
+    given = given_of(FeedForward(), 4, 500, 16)
+    module, plan = chunked(given, 400_000)
+    given.run(module)
+    real = measure_peak(lambda: given.run(module)).peak_bytes
+    assert abs(real / plan.peak_after - 1) <= 0.05
+    assert real <= 1.05 * 400_000 < timeline(given.graph_module.graph).peak_bytes / 3
+
+
+def test_group_norm_is_over_the_whole_value() -> None:
+    """Statistics of a strip alone would be wrong by far: the input has a gradient along its rows."""
+    given = given_of(Resnet(), 1, 8, 64, 64)
+    module, plan = chunked(given, 1, at_floor=True)
+    assert plan.split_norms
+    assert any(region.axis.dim >= 2 for region in plan.regions)
+    whole = given.run()
+    assert error(given.run(module), whole) <= TOLERANCE
+    (sample,) = given.call.tensors
+    strips = torch.cat([given.module(strip) for strip in sample.chunk(4, dim=3)], dim=3)
+    assert error((strips.detach(),), whole) > 0.05, "the test could not fail"
+
+
+def test_frames_come_before_strips() -> None:
+    """Where images are independent, whole images are cut before space is, which needs no second pass."""
+    given = given_of(Resnet(), 6, 8, 32, 32)
+    peak = timeline(given.graph_module.graph).peak_bytes
+    module, plan = chunked(given, int(0.8 * peak))
+    assert not plan.split_norms
+    assert {region.axis.dim for region in plan.regions} == {0}
+    assert error(given.run(module), given.run()) <= TOLERANCE
+
+
+def test_bodies_are_cut_in_turn() -> None:
+    given = given_of(Resnet(), 2, 8, 96, 96)
+    module, plan = chunked(given, 1, at_floor=True)
+    assert any(region.bodies for region in plan.regions) or plan.split_norms
+    assert error(given.run(module), given.run()) <= TOLERANCE
+
+
+def test_two_runs_in_a_row_and_other_inputs() -> None:
+    given = given_of(Resnet(), 2, 8, 32, 32)
+    module, _ = chunked(given, 1, at_floor=True)
+    first = given.run(module)
+    other = (torch.randn(2, 8, 32, 32),)
+    assert error(given.run(module, other), given.run(tensors=other)) <= TOLERANCE
+    assert torch.equal(given.run(module)[0], first[0])
+
+
+def test_only_batch_like_cuts_of_pointwise_work_are_bitwise() -> None:
+    given = captured(lambda sample: (sample.abs() * 3 + 1).clamp(max=2) * sample, torch.randn(40, 30))
+    module, plan = chunked(given, 1, at_floor=True)
+    assert plan.regions
+    assert torch.equal(given.run(module)[0], given.run()[0])
+
+
+def test_self_attention_keeps_keys_whole() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            query, key, value = (
+                t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(sample).split(16, dim=-1)
+            )
+            hidden = F.scaled_dot_product_attention(query, key, value)
+            return self.out(hidden.transpose(1, 2).flatten(2)) + sample
+
+    assert_equal_at_two_budgets(given_of(Attention(), 1, 200, 16))
+
+
+# The public surface -------------------------------------------------------------------------------------------------
+
+
+def test_transform_keeps_a_budget() -> None:
+    module = FeedForward().eval()
+    sample = torch.randn(4, 300, 16)
+    transformed = lc.transform(module, Policy(chunk=Chunk(budget="250kB")))
+    assert error((transformed(sample).detach(),), (module(sample).detach(),)) <= TOLERANCE
+    plan = lc.inspect(transformed).plan
+    assert plan.chunks["full"].peak_after <= 250_000 < plan.chunks["full"].peak_before
+    assert "250" not in str(plan.as_dict()["chunks"]["full"]["regions"])
+    assert "chunks" in str(plan)
+    assert torch.equal(transformed(sample), transformed(sample))
+
+
+def test_chunks_and_cache_together() -> None:
+    model, make_inputs = ZOO["svd"].build(torch.float32)
+    plain = lc.transform(model, Policy.deepcache(2, 0))
+    peak = None
+    outputs = []
+    for policy in (Policy.deepcache(2, 0), None):
+        if policy is None:
+            peak = timeline(lc.inspect(plain).programs["full"].graph_module.graph).peak_bytes
+            policy = Policy(cache=Policy.deepcache(2, 0).cache, chunk=Chunk(budget=int(0.8 * peak)))
+            plain = lc.transform(model, policy)
+        with lc.marked_run():
+            for step in range(3):
+                outputs.append(plain(**make_inputs(seed=0, step=step))[0])
+                lc.step_done()
+    assert lc.inspect(plain).plan.chunks["full"].regions
+    assert lc.inspect(plain).counts["reuse"] == 1
+    assert error(tuple(outputs[3:]), tuple(outputs[:3])) <= TOLERANCE
+
+
+def test_an_explicit_region() -> None:
+    module = nn.Sequential(FeedForward(), FeedForward()).eval()
+    sample = torch.randn(2, 100, 16)
+    transformed = lc.transform(module, Policy(chunk=Chunk(regions=[Region(module="1", axis=1, size=30)])))
+    assert error((transformed(sample).detach(),), (module(sample).detach(),)) <= TOLERANCE
+    (region,) = lc.inspect(transformed).plan.chunks["full"].regions
+    assert (region.axis.dim, region.count) == (1, 4)
+    text = lc.format_graph(lc.inspect(transformed).programs["full"])
+    assert 'region_0' in text and "[100] in 4 chunks" in text
+
+
+def small_vae() -> tuple[nn.Module, torch.Tensor]:
+    return VAES["kl"].decoder().vae, torch.randn(5, *VAES["kl"].latent[1:])
+
+
+def test_an_autoencoder_decodes_frame_by_frame() -> None:
+    vae, latents = small_vae()
+    with torch.no_grad():
+        whole = vae.decode(latents)
+        transformed = lc.transform(vae, Policy(decode=Decode()))
+        sliced = transformed.decode(latents)
+        assert type(sliced) is type(whole)
+        assert error((sliced.sample,), (whole.sample,)) <= TOLERANCE
+        assert torch.equal(lc.transform(vae).decode(latents, return_dict=False)[0], whole.sample)
+        one = measure_peak(lambda: vae.decode(latents[:1])).peak_bytes
+        real = measure_peak(lambda: transformed.decode(latents)).peak_bytes
+        assert real <= 1.1 * (one + whole.sample.nbytes)
+    assert lc.restore(transformed) is vae
+
+
+def test_an_autoencoder_encodes() -> None:
+    vae, _ = small_vae()
+    images = torch.randn(3, *VAES["kl"].video[1:])
+    with torch.no_grad():
+        whole = vae.encode(images).latent_dist
+        for policy in (Policy(), Policy(decode=Decode(frames=1))):
+            transformed = lc.transform(vae, policy)
+            found = transformed.encode(images).latent_dist
+            assert error((found.mean, found.std), (whole.mean, whole.std)) <= TOLERANCE
+    assert lc.inspect(transformed, "encode").plan.chunks["full"].regions
+
+
+def test_frames_that_depend_on_each_other_are_refused_frame_by_frame() -> None:
+    vae = VAES["svd"].decoder().vae
+    latents = torch.randn(VAES["svd"].latent)
+    transformed = lc.transform(vae, Policy(decode=Decode(frames=1)))
+    with pytest.raises(RegionError, match=r"decode: frames.*depend on each other.*budget"):
+        transformed.decode(latents, num_frames=len(latents))
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+def transformed_call(policy: Policy) -> Callable[[], Any]:
+    module = nn.Sequential(FeedForward()).eval()
+    return lambda: lc.transform(module, policy)(torch.randn(2, 100, 16))
+
+
+def test_a_budget_below_the_floor_names_the_floor_and_its_node() -> None:
+    with pytest.raises(BudgetError, match=r"cannot be cut to 1000 B; the least.* KiB.*set by %\w+.*raise the budget"):
+        transformed_call(Policy(chunk=Chunk(budget=1000)))()
+
+
+def test_a_memory_budget_below_the_weights() -> None:
+    with pytest.raises(BudgetError, match=r"memory_budget: 1000 B is less than .* weights"):
+        transformed_call(Policy(memory_budget=1000))()
+
+
+def test_a_memory_budget_leaves_room_for_weights() -> None:
+    model = FeedForward().eval()
+    sample = torch.randn(4, 300, 16)
+    weights = sum(p.nbytes for p in model.parameters())
+    transformed = lc.transform(model, Policy(memory_budget=weights + 300_000))
+    transformed(sample)
+    assert lc.inspect(transformed).plan.chunks["full"].peak_after <= 300_000
+
+
+def test_a_region_that_does_not_exist() -> None:
+    with pytest.raises(RegionError, match=r"no module '0.upp'; did you mean '0.up'"):
+        transformed_call(Policy(chunk=Chunk(regions=[Region(module="0.upp", axis=0, size=1)])))()
+
+
+def test_an_axis_that_cannot_be_cut_names_the_operation() -> None:
+    with pytest.raises(RegionError, match=r"axis 2 cannot be cut: .*aten\."):
+        transformed_call(Policy(chunk=Chunk(regions=[Region(module="0", axis=2, size=4)])))()
+
+
+def test_an_axis_that_is_not_there() -> None:
+    with pytest.raises(RegionError, match=r"axis 7 .*expected one of 0, 1, 2"):
+        transformed_call(Policy(chunk=Chunk(regions=[Region(module="0", axis=7, size=4)])))()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Chunk(budget=0), "budget: .*greater than 0"),
+        (lambda: Chunk(budget=-5), "budget: .*greater than 0"),
+        (lambda: Chunk(budget="much"), "expected a number of bytes"),
+        (lambda: Chunk(), "budget in bytes.*or regions"),
+        (lambda: Region(module="a", axis=0, size=0), "size: .*greater than or equal to 1"),
+        (lambda: Chunk(budgett=5), "unknown key 'budgett'.*budget"),
+        (lambda: Decode(frames=0), "frames: .*greater than or equal to 1"),
+        (lambda: Policy(chunk=5), "chunk: expected a Chunk"),
+        (lambda: Policy(decode=5), "decode: expected a Decode"),
+    ],
+)
+def test_impossible_settings(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        make()
+
+
+def test_settings_survive_yaml() -> None:
+    policy = Policy(
+        chunk=Chunk(budget="1MiB", regions=[Region(module="a.b", axis=-1, size=3)]),
+        decode=Decode(frames=2),
+        memory_budget="2GiB",
+    )
+    assert Policy.from_yaml(policy.to_yaml()) == policy
+
+
+# Any graph ----------------------------------------------------------------------------------------------------------
+
+few = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+@given(st.data())
+@few
+def test_random_graphs_at_random_budgets(data: st.DataObject) -> None:
+    """Convolutions, norms, up- and downsampling, skips and reshapes in any order, at any budget."""
+    channels, size = 4, data.draw(st.integers(9, 20))
+    kinds = data.draw(st.lists(st.sampled_from(["conv", "norm", "act", "up", "skip", "flat", "half"]), max_size=7))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in kinds)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs, self.norm = convs, nn.GroupNorm(2, channels)
+            self.mix = nn.Linear(channels, channels)
+
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            hidden, kept = sample * 1.5, []
+            for kind, conv in zip(kinds, self.convs, strict=True):
+                match kind:
+                    case "conv":
+                        hidden = conv(hidden)
+                    case "norm":
+                        hidden = self.norm(hidden)
+                    case "act":
+                        hidden = F.silu(hidden)
+                    case "up":
+                        hidden = F.interpolate(hidden, scale_factor=2.0, mode="nearest")[..., :24, :24]
+                    case "half":
+                        hidden = F.conv2d(hidden, conv.weight, stride=2, padding=1)
+                    case "flat":
+                        hidden = self.mix(hidden.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(hidden.shape)
+                    case "skip":
+                        hidden = hidden + next((k for k in reversed(kept) if k.shape == hidden.shape), hidden)
+                kept.append(hidden)
+            return hidden.sin() + hidden
+
+    given = given_of(Model(), data.draw(st.integers(1, 3)), channels, size, size + 3)
+    peak = timeline(given.graph_module.graph).peak_bytes
+    module, plan = chunked(given, int(peak * data.draw(st.floats(0.2, 1.0))), at_floor=True)
+    assert error(given.run(module), given.run()) <= TOLERANCE
+    assert math.isfinite(plan.overhead)
