@@ -24,7 +24,6 @@ from torch import nn
 import lightcache_fx as lc
 from benchmarks import plans
 from benchmarks.common import RESULTS, environment, fake_models, markdown_table, write_json
-from lightcache_fx.plan import format_bytes
 
 Inputs = dict[str, Any]
 GIB = 2**30
@@ -130,7 +129,9 @@ def main() -> None:
         console.print(rows_of({name: results[name]})[0], markup=False)
         gc.collect()
         write_json(options.out, {"environment": environment(), "models": results})
-    options.out.with_suffix(".md").write_text("\n".join(markdown_table(COLUMNS, rows_of(results))) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text(
+        "\n".join(markdown_table(COLUMNS, rows_of(results))) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Call:
         return method_of(module, self.layout.method)(module, *args, **kwargs)
 
     def as_given(self, tensors: Sequence[torch.Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The `(args, kwargs)` that the caller wrote, Python numbers included; with other `tensors` if there are any."""
+        """The `(args, kwargs)` that the caller wrote, Python numbers included; with other `tensors` if given."""
         kinds = dict(self.layout.numbers)
         given = self.tensors if tensors is None else tensors
         return self.layout.rebuild([kinds[i](t.item()) if i in kinds else t for i, t in enumerate(given)])
@@ -208,7 +208,9 @@ class CallReader:
     def _name_of(self, path: tuple[Any, ...], positional: list[str]) -> tuple[str, str]:
         """`(parameter, printable name)` of a leaf; `**kwargs` and `*args` entries count as parameters of their own."""
         side, key = path[0].idx, path[1]
-        parameter = (positional[key.idx] if key.idx < len(positional) else f"{_POSITIONAL}{key.idx}") if side == 0 else key.key
+        parameter = (
+            (positional[key.idx] if key.idx < len(positional) else f"{_POSITIONAL}{key.idx}") if side == 0 else key.key
+        )
         return parameter, parameter + pytree.keystr(path[2:])
 
 

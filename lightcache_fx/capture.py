@@ -100,7 +100,8 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
             written = [name for name, buffer, version, _ in buffers if buffer._version != version]
             if written:
                 raise CaptureError(
-                    f"{call.layout.method} of {type(module).__name__} writes to its buffer {written[0]}; a step must be pure"
+                    f"{call.layout.method} of {type(module).__name__} writes to its buffer {written[0]}; a step must be"
+                    f" pure"
                 )
             attempt = _Attempt(module, call, tuple(mark), fake, weights)
             captured = attempt.by_all_routes()
@@ -147,11 +148,7 @@ class _Attempt:
 
     def by_all_routes(self) -> Capture | None:
         """The first route's capture that passes the check."""
-        return (
-            self.by("export", trace_by_export)
-            or self.by_opaque_submodules()
-            or self.by("trace", trace_real_tensors)
-        )
+        return self.by("export", trace_by_export) or self.by_opaque_submodules() or self.by("trace", trace_real_tensors)
 
     def by(self, route: str, trace: _Trace, *, around: AbstractContextManager[None] | None = None) -> Capture | None:
         """The verified capture of one route, or None with the reason noted; the module is as it was either way."""

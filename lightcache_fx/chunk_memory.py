@@ -34,7 +34,9 @@ class Memory:
         self.order = list(calls(graph))
         self.place = {node: index for index, node in enumerate(self.order)}
         self.timeline: Timeline = timeline(graph, cuda=cuda)
-        self.cuda = cuda if cuda is not None else any(t.device.type == "cuda" for n in self.order for t in tensors_of(n))
+        self.cuda = (
+            cuda if cuda is not None else any(t.device.type == "cuda" for n in self.order for t in tensors_of(n))
+        )
         self.machine: Machine = machine_of(graph)
         self.flops = count_flops(graph)
         self.own: dict[fx.Node, int] = dict.fromkeys(self.order, 0)
@@ -140,13 +142,16 @@ class _Profile:
         return self.during[index], self.items[index]
 
 
-def profile(memory: Memory, chosen: Sequence[Chosen], begin: int = 0, end: int | None = None, live: int = 0) -> _Profile:
+def profile(
+    memory: Memory, chosen: Sequence[Chosen], begin: int = 0, end: int | None = None, live: int = 0
+) -> _Profile:
     """Bytes live during each call of `[begin, end]` when the chosen regions run as loops.
 
     Args:
         memory: of the graph.
         chosen: regions with disjoint stretches, inside the window or outside of it.
-        begin, end: the window.
+        begin: the window's first call.
+        end: its last.
         live: bytes live when the window begins.
     """
     end = len(memory.order) - 1 if end is None else end
@@ -294,7 +299,7 @@ def _last_readers(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _chain(value: fx.Node, last_use: dict[fx.Node, int]) -> list[fx.Node] | None:
-    """What must be computed again to have a value again; None where some of it cannot be cut into strips, or is long."""
+    """What must be computed again to have a value again; None where that cannot be done in strips, or is long."""
     size, until = num_bytes(value), last_use[value]
     chain, stack = [value], [value]
     while stack:

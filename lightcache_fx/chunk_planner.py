@@ -1,8 +1,8 @@
 """Which regions to chunk so that a program's peak falls under a budget, at the least predicted time.
 
 The planner takes the highest peak, looks for stretches of the graph around it and axes along which they can be cut,
-predicts the peak and the time of each, takes the fastest that fits, and goes on with the next peak. A stretch begins and
-ends where little is live, at distances that double: near the peak the choice is fine, far from it coarse, up to the
+predicts the peak and the time of each, takes the fastest that fits, and goes on with the next peak. A stretch begins
+and ends where little is live, at distances that double: near the peak the choice is fine, far from it coarse, up to the
 whole program (frame by frame, say). The search is AutoChunk's (Zhao et al. 2024) with halos and factors of dimensions.
 """
 
@@ -42,6 +42,7 @@ _MAX_STEPS = 1000
 _MAX_DEPTH = 1
 _NESTED_TRIES = 1
 _RECOMPUTE_TRIES = 4
+_FLOOR_TRIES = 3
 _TRIES = 6
 _ENOUGH = 3
 """So many stretches that fit end the search for longer ones."""
@@ -103,11 +104,13 @@ def plan_program(
     if plain.fits:
         return plain
 
-    def after(split_norms: tuple[str, ...], recomputed: tuple[str, ...]) -> tuple[ChunkPlan, fx.Graph]:
+    def after(
+        split_norms: tuple[str, ...], recomputed: tuple[str, ...], goal: int | None = budget
+    ) -> tuple[ChunkPlan, fx.Graph]:
         prepared, _ = copy_graph(graph)
         prepared.owning_module = graph.owning_module
         Chunking(split_norms, recomputed).apply(prepared)
-        plan = plan_chunks(prepared, budget, regions, frames=frames, cuda=cuda, depth=depth)
+        plan = plan_chunks(prepared, goal, regions, frames=frames, cuda=cuda, depth=depth)
         added = plan.seconds_added + plan.seconds_before - plain.seconds_before
         plan = replace(plan, split_norms=split_norms, recomputed=recomputed, peak_before=plain.peak_before)
         return replace(plan, seconds_before=plain.seconds_before, seconds_added=added), prepared
@@ -129,6 +132,12 @@ def plan_program(
             best, prepared = found
         else:
             failed.add(chain[0])
+    for _ in range(_FLOOR_TRIES if depth == 0 and not best.fits else 0):
+        # The search for a budget out of reach takes what lowers most at once, which is not always what lowers most.
+        lower, _ = after(best.split_norms, best.recomputed, int(0.95 * best.peak_after))
+        if lower.peak_after >= best.peak_after:
+            break
+        best = replace(lower, budget=best.budget)
     return best
 
 
@@ -199,9 +208,7 @@ def _frame_by_frame(memory: Memory, frames: int) -> list[Chosen]:
     return [_as_told(memory, region, (begin, end), (seed, axis), frames)]
 
 
-def _as_told(
-    memory: Memory, region: Region, stretch: tuple[int, int], cut: tuple[fx.Node, Axis], size: int
-) -> Chosen:
+def _as_told(memory: Memory, region: Region, stretch: tuple[int, int], cut: tuple[fx.Node, Axis], size: int) -> Chosen:
     """A region in chunks of `size` positions."""
     (begin, end), (seed, axis) = stretch, cut
     count = -(-axis.size // min(size, axis.size))
@@ -269,7 +276,6 @@ class _Planner:
 
     def _like_before(self, search: _Search, at: int) -> Chosen | None:
         """A region that fits where the same operations stand at the same distances as in one that was chosen."""
-        memory = self.memory
         for before, after, old_end, axis in self._fitted.get(self._types[at], []):
             begin, end = at + before, at + after
             shift = end - old_end

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from lightcache_fx.axes import Axis, Reach
 from lightcache_fx.axis_rules import build_local
+from lightcache_fx.axis_rules.registry import evaluate
 from lightcache_fx.graphs import GraphInput, describe, num_bytes, placeholders
 from lightcache_fx.liveness import timeline
 from lightcache_fx.regions import Region, full_value, ranges_of
@@ -171,7 +172,7 @@ _Reads = dict[tuple[fx.Node, Axis | None], tuple[int, int]]
 
 
 def _reads(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> _Reads:
-    """Which slices of the inputs a chunk reads; an input that is read along two axes, or also whole, is read so often."""
+    """Which slices of the inputs a chunk reads; one that is read along two axes, or also whole, is read so often."""
     reads: _Reads = {}
     for node in region.body:
         for source, need in region.needs[node].items():
@@ -264,8 +265,7 @@ def narrow_node(graph: fx.Graph, node: fx.Node, axis: Axis, start: int, stop: in
 
     def call(target: torch._ops.OpOverload, *args: object) -> fx.Node:
         new = graph.call_function(target, args)  # type: ignore[arg-type]
-        with torch.no_grad():
-            new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))  # type: ignore[arg-type]
+        new.meta["val"] = evaluate(target, args, {})
         new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
         return new
 

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 from lightcache_fx.graphs import input_of, is_mark, module_path
@@ -192,7 +192,8 @@ def timeline(graph: fx.Graph, *, cuda: bool | None = None) -> Timeline:
         cuda: predict for a CUDA device (its kernels, and sizes rounded up to 512 bytes as its caching allocator does),
             or for the CPU; by default whichever the values are on. On CUDA only what is on the device counts.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    # A region's own peak may be asked for while the timeline of the graph around it is made.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         return _Run(graph, cuda).timeline()
 
 

@@ -235,7 +235,8 @@ def plan(
         device: predict memory for this kind of device; by default for the one that the tensors are on.
 
     Raises:
-        CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError: as the transformed module would on its first call.
+        CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError: as the transformed module
+            would on its first call.
     """
     _check_module("plan", module)
     if isinstance(module, TransformedModule):

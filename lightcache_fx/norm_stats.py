@@ -1,4 +1,4 @@
-"""GroupNorm's statistics over the whole value, gathered row by row, so that the rows may come one strip after the other.
+"""GroupNorm's statistics over the whole value, gathered row by row, so that rows may come strip after strip.
 
 `lightcache::row_moments` has one entry for each position of a dimension, so a region that is cut along this dimension
 makes its part of them like any other output, and the value itself need not be kept. `join_moments` makes the mean and
@@ -25,7 +25,7 @@ def row_moments(value: torch.Tensor, num_groups: int, dim: int) -> torch.Tensor:
     """
     grouped = value.unflatten(1, (num_groups, -1)).movedim(dim + 1, 0)  # rows N G C/G ...
     pieces = max(1, min(len(grouped), grouped.numel() // _PIECE))
-    moments = grouped.new_empty((len(grouped), grouped.shape[1], num_groups, 2), dtype=torch.float32)
+    moments: torch.Tensor = grouped.new_empty((len(grouped), grouped.shape[1], num_groups, 2), dtype=torch.float32)
     inner = list(range(3, grouped.dim()))
     for rows, result in zip(grouped.tensor_split(pieces), moments.tensor_split(pieces), strict=True):
         variance, mean = torch.var_mean(rows.float(), dim=inner, correction=0)

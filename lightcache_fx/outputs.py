@@ -24,7 +24,7 @@ def register_distributions() -> None:
     def flatten(value: Any) -> tuple[list[Any], bool]:
         return [value.parameters], value.deterministic
 
-    def unflatten(parts: Iterable[Any], deterministic: bool) -> Any:  # noqa: FBT001 torch calls it so
+    def unflatten(parts: Iterable[Any], deterministic: bool) -> Any:
         (parameters,) = parts
         if not isinstance(parameters, torch.Tensor):  # torch rebuilds trees of other things, to compare structures
             rebuilt = object.__new__(kind)

@@ -196,7 +196,7 @@ def _format_node(node: fx.Node, *, modules: bool) -> str:
 def _format_bodies(node: fx.Node, *, modules: bool) -> str:
     """The body of a region's largest chunks, indented, and how many other bodies there are for the borders."""
     bodies = list(node.meta["lightcache_region"].bodies)
-    inner = bodies[len(bodies) // 2] if len(bodies) > 2 else bodies[0]  # noqa: PLR2004 a first and a last chunk
+    inner = bodies[len(bodies) // 2] if len(bodies) > 2 else bodies[0]
     lines = [f"    {line}" for line in format_graph(inner, modules=modules).splitlines()]
     others = f"  # and {len(bodies) - 1} more for chunks at borders" if len(bodies) > 1 else ""
     return "\n".join([" {", *lines, "}" + others])

@@ -2,7 +2,7 @@
 
 A region is a set of nodes whose outputs are computed over ranges of one axis, one range after the other. `trace_region`
 walks back from the outputs by the rules of `axis_rules`. A value that somebody needs whole (the keys of self-attention
-when its queries are cut, a time embedding) stays outside and is computed once, before; a cut reader of it reads a slice.
+when its queries are cut, a time embedding) stays outside and is computed once, before; cut readers read slices of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Region:
     size: int
 
     def bounds(self, index: int, count: int, node: fx.Node) -> tuple[int, int]:
-        """Positions of output `node` that chunk `index` of `count` makes: all chunks are alike but the last, if uneven."""
+        """Positions of output `node` that chunk `index` of `count` makes: all are alike but the last, if uneven."""
         size, length = self.axes[node].size, -(-self.size // count)
         start, stop = index * length, min((index + 1) * length, self.size)
         return start * size // self.size, stop * size // self.size
@@ -55,7 +55,7 @@ class Region:
 NeedsOf = Callable[[fx.Node, Axis], dict[fx.Node, Need | None]]
 
 
-class Blocked(Exception):
+class Blocked(Exception):  # noqa: N818 - control flow, not an error: it never reaches the user
     """The walk met an operation that cannot be cut so: `node`, the `axis` it was asked for, and why."""
 
     def __init__(self, node: fx.Node, axis: Axis, error: CannotCut) -> None:
@@ -165,7 +165,9 @@ def _cut_output(walk: _Walk, node: fx.Node, size: int) -> None:
         except CannotCut:
             continue
         asked = {source: need for source, need in needs.items() if source in walk.members and source not in walk.whole}
-        agrees = all(need is not None and walk.axes.get(source, need.axis) == need.axis for source, need in asked.items())
+        agrees = all(
+            need is not None and walk.axes.get(source, need.axis) == need.axis for source, need in asked.items()
+        )
         if agrees and (axis.size == size or any(source in walk.axes for source in asked)):
             walk.cut(node, axis)
             return
@@ -192,7 +194,7 @@ def axes_of(node: fx.Node) -> list[Axis]:
     tensors = tensors_of(node)
     if len({tuple(tensor.shape) for tensor in tensors}) != 1:
         return []
-    return [Axis(dim, size) for dim, size in enumerate(tensors[0].shape) if isinstance(size, int) and size > 1]
+    return [Axis(dim, size) for dim, size in enumerate(tensors[0].shape) if isinstance(size, int) and size > 1]  # type: ignore[redundant-expr]
 
 
 def ranges_of(region: Region, index: int, count: int) -> dict[fx.Node, tuple[int, int]]:

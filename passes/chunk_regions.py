@@ -99,9 +99,7 @@ def chunked_body(body: fx.GraphModule, chunking: Chunking) -> fx.GraphModule:
     return fx.GraphModule(modules, graph, class_name="Body")
 
 
-def _insert(
-    graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, flops_of: dict[fx.Node, int]
-) -> None:
+def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, flops_of: dict[fx.Node, int]) -> None:
     module = build_region(region, planned.count, flops_of)
     for index, chunking in enumerate(planned.bodies):
         module.replace_body(index, chunked_body(module.body(index), chunking))

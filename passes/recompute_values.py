@@ -11,15 +11,16 @@ from lightcache_fx.passes.base import PassResult
 
 
 def recompute_values(graph: fx.Graph, *, names: Iterable[str]) -> PassResult:
-    """Give every reader but the first a copy of the call, right before it (gradient checkpointing's trade, Chen et al.
-    2016, made in inference).
+    """Give every reader but the first a copy of the call, right before it.
+
+    Gradient checkpointing's trade (Chen et al. 2016), made in inference.
 
         %x = aten.conv2d(%u, %w)                      %x = aten.conv2d(%u, %w)
         %m = row_moments(%x)                          %m = row_moments(%x)
         %n = aten.addcmul(%b, %x, %s)          ->     %x_1 = aten.conv2d(%u, %w)
                                                       %n = aten.addcmul(%b, %x_1, %s)
 
-    Tier: bitwise. Invariants: names are taken last first, so that a chain of calls is copied whole; what a graph returns
+    Tier: bitwise. Invariants: names are taken last first, so that a chain of calls is copied whole; what is returned
     keeps its own value. Names that this graph does not have, or that one call reads, are passed over.
     """
     wanted = set(names)
@@ -34,4 +35,3 @@ def recompute_values(graph: fx.Graph, *, names: Iterable[str]) -> PassResult:
             reader.replace_input_with(node, copy)
             copies += 1
     return PassResult(graph, copies > 0, {"copies": copies})
-

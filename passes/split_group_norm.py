@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from lightcache_fx import norm_stats  # noqa: F401 registers the operators
+from lightcache_fx.axis_rules.registry import bound_arguments, evaluate
 from lightcache_fx.passes.base import PassResult
 
 aten = torch.ops.aten
@@ -38,25 +39,22 @@ def group_norms(graph: fx.Graph) -> list[str]:
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> None:
-    value, num_groups = node.args[0], node.args[1]
-    weight, bias, eps = (*node.args[2:5], *(None, None, 1e-5)[len(node.args) - 2 :])
-    assert isinstance(value, fx.Node)
+    args = bound_arguments(node)
+    value, num_groups, weight, bias, eps = (args[name] for name in ("input", "num_groups", "weight", "bias", "eps"))
     tensor: torch.Tensor = value.meta["val"]
     samples, channels = tensor.shape[:2]
     ones = [1] * (tensor.dim() - 2)
 
     def call(target: object, *args: object, **kwargs: object) -> fx.Node:
         new = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        given, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with torch.no_grad():
-            new.meta["val"] = target(*given, **named)  # type: ignore[operator]
+        new.meta["val"] = evaluate(target, args, kwargs)  # type: ignore[arg-type]
         new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
         return new
 
     def wide(source: fx.Node) -> fx.Node:
         if source.meta["val"].dtype == torch.float32:
             return source
-        return call(aten._to_copy.default, source, dtype=torch.float32)  # noqa: SLF001 the operator's own name
+        return call(aten._to_copy.default, source, dtype=torch.float32)
 
     with graph.inserting_before(node):
         moments = call(torch.ops.lightcache.row_moments.default, value, num_groups, _row_dim(tensor))
@@ -65,7 +63,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
 
         def per_channel(source: fx.Node) -> fx.Node:
             """(samples, groups) -> (samples, channels, 1, ...)."""
-            each = call(aten.repeat_interleave.self_int, source, channels // int(num_groups), 1)  # type: ignore[call-overload]
+            each = call(aten.repeat_interleave.self_int, source, channels // num_groups, 1)
             return call(aten.reshape.default, each, [samples, channels, *ones])
 
         def of_weights(source: fx.Node) -> fx.Node:
@@ -79,7 +77,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
             shift = call(aten.add.Tensor, shift, of_weights(bias))
         result = call(aten.addcmul.default, shift, wide(value), scale)
         if tensor.dtype != torch.float32:
-            result = call(aten._to_copy.default, result, dtype=tensor.dtype)  # noqa: SLF001
+            result = call(aten._to_copy.default, result, dtype=tensor.dtype)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

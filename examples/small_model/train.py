@@ -173,7 +173,9 @@ def train_unet(
     torch.set_num_threads(threads)
     frames, heldout_frames = _frames(folder, seed, threads)
     vae = image_vae(folder, frames)
-    pool = data.load_latent_pool(vae, frames, seed, folder / "data" / f"latents-{seed}-{len(frames.pixels)}.safetensors")
+    pool = data.load_latent_pool(
+        vae, frames, seed, folder / "data" / f"latents-{seed}-{len(frames.pixels)}.safetensors"
+    )
     heldout = data.encode_pool(vae, heldout_frames, seed + data.HELDOUT_SEED_OFFSET)
     torch.manual_seed(seed)
     options = FitOptions(

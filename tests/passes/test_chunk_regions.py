@@ -27,12 +27,16 @@ def feed_forward() -> Captured:
 def blur() -> Captured:
     torch.manual_seed(0)
     kernel = torch.randn(2, 2, 3, 3)
-    return captured(lambda sample: F.conv2d(F.conv2d(sample, kernel, padding=1).relu(), kernel, padding=1), torch.randn(1, 2, 9, 5))
+    return captured(
+        lambda sample: F.conv2d(F.conv2d(sample, kernel, padding=1).relu(), kernel, padding=1), torch.randn(1, 2, 9, 5)
+    )
 
 
 def test_golden() -> None:
     given = feed_forward()
-    after, result = given.apply(partial(chunk_regions, regions=[PlannedRegion("linear", "linear_1", "linear_1", ROWS, 2)]))
+    after, result = given.apply(
+        partial(chunk_regions, regions=[PlannedRegion("linear", "linear_1", "linear_1", ROWS, 2)])
+    )
     assert result.counts == {"regions": 1}
     check_golden(diff(given.graph_module, after), "chunk_regions", __file__)
 
