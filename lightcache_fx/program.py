@@ -17,6 +17,7 @@ from lightcache_fx.cuts import Slot
 from lightcache_fx.errors import BudgetError
 from lightcache_fx.flops import total_flops
 from lightcache_fx.graphs import GraphInput, copy_graph, describe, input_of, num_bytes, outputs, placeholders
+from lightcache_fx.liveness import timeline
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.passes.base import Pass, run_passes
 from lightcache_fx.passes.read_cache import read_cache
@@ -25,6 +26,9 @@ from lightcache_fx.passes.remove_marks import remove_marks
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan, format_bytes
+from lightcache_fx.policy import Region
+
+_PLAN_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,38 @@ def with_chunks(capture: Capture, plan: Plan, *, cuda: bool | None = None) -> Pl
     explicit = policy.chunk.regions if policy.chunk is not None else []
     chunks = {}
     for name, graph in _whole_graphs(capture, plan).items():
-        graph_module = fx.GraphModule(_modules(capture, graph), graph)
         regions = explicit if name != "prologue" else []
-        chunks[name] = plan_program(graph_module.graph, _budget(plan, name), regions, frames=frames, cuda=cuda)
+        chunks[name] = _plan_exactly(capture, graph, _budget(plan, name), regions, frames=frames, cuda=cuda)
         if not chunks[name].fits:
             raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
     return replace(plan, chunks=chunks)
+
+
+def _plan_exactly(
+    capture: Capture,
+    graph: fx.Graph,
+    budget: int | None,
+    regions: Sequence[Region],
+    *,
+    frames: int | None,
+    cuda: bool | None,
+) -> ChunkPlan:
+    """A chunk plan whose peak is that of the finished graph's own timeline, planned again where that is too high."""
+    whole = fx.GraphModule(_modules(capture, graph), graph)
+    goal = budget
+    for _ in range(_PLAN_TRIES):
+        chunk = plan_program(whole.graph, goal, regions, frames=frames, cuda=cuda)
+        estimate = chunk.peak_after
+        finished, _ = copy_graph(graph)
+        chunk.chunking.apply(finished)
+        built = fx.GraphModule(_modules(capture, finished), finished)
+        exact = timeline(built.graph, cuda=cuda).peak_bytes
+        allowed = max(chunk.budget, exact) if budget is None else budget  # nothing was asked: whatever comes is right
+        chunk = replace(chunk, peak_after=exact, budget=allowed)
+        if goal is None or budget is None or chunk.fits or estimate > goal:
+            break
+        goal = int(0.99 * goal * budget / chunk.peak_after)
+    return chunk
 
 
 def _budget(plan: Plan, name: str) -> int | None:
