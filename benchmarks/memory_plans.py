@@ -1,7 +1,7 @@
 """Memory plans of full-size models, float16, from fake tensors: the activation peak today, and cut to a goal.
 
     python -m benchmarks.memory_plans                # all models, about 20 minutes and 1 GB of memory
-    python -m benchmarks.memory_plans --only svd-vae-8
+    python -m benchmarks.memory_plans --only svd-vae-8     # the others are kept as they are in the results file
 
 Peaks are predicted for a CUDA device. A goal that cannot be reached is reported with the least that is.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "memory_plans.json")
     options = parser.parse_args()
     console = Console()
-    results = {}
+    kept = json.loads(options.out.read_text())["models"] if options.only and options.out.exists() else {}
+    results: dict[str, dict[str, Any]] = {name: kept[name] for name in GOALS if name in kept}
     for name in options.only or GOALS:
         results[name] = make_plan(GOALS[name])
         console.print(rows_of({name: results[name]})[0], markup=False)

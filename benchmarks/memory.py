@@ -1,0 +1,136 @@
+"""Measured peak and time of chunked programs against whole ones, in one process and in turns.
+
+    python -m benchmarks.memory                  # some minutes on two quiet cores
+    python -m benchmarks.memory --rounds 1
+
+Each model is cut to half of its own activation peak. Peaks are measured by allocation events, times pair by pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from rich.console import Console
+from torch import nn
+
+import lightcache_fx as lc
+from benchmarks.common import (
+    RESULTS,
+    environment,
+    in_turns,
+    markdown_table,
+    pairwise_ratio,
+    randomize,
+    seconds_of,
+    write_json,
+)
+from benchmarks.denoise import Setting, Video, build_unet
+from lightcache_fx.liveness import timeline
+from lightcache_fx.measure import measure_peak
+from lightcache_fx.plan import format_bytes
+
+OVERHEAD = 1.08
+TOLERANCE = 1e-5
+Call = Callable[[nn.Module], torch.Tensor]
+
+
+def _unet() -> tuple[nn.Module, Call]:
+    setting = Setting()
+    video = Video(setting)
+    return build_unet(setting), lambda unet: video.predict(unet, video.noise, torch.tensor(1.5))
+
+
+def _image_vae() -> tuple[nn.Module, Call]:
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 128, 128), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=256,
+    )  # fmt: skip
+    latents = torch.randn(8, 4, 24, 24, generator=torch.Generator().manual_seed(0))
+    return vae, lambda vae: vae.decode(latents, return_dict=False)[0]
+
+
+def _video_vae() -> tuple[nn.Module, Call]:
+    vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64, 128, 128), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
+        latent_channels=4, sample_size=256,
+    )  # fmt: skip
+    latents = torch.randn(8, 4, 20, 24, generator=torch.Generator().manual_seed(0))
+    return vae, lambda vae: vae.decode(latents, num_frames=8, return_dict=False)[0]
+
+
+MODELS = {"svd-unet": _unet, "sd-vae": _image_vae, "svd-vae": _video_vae}
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """One model: peaks, predicted and measured, times in turns, and the largest difference of the results."""
+    model, call = MODELS[name]()
+    if name != "svd-unet":
+        randomize(model)
+    model.eval().requires_grad_(False)
+    whole = lc.transform(model)
+    expected = call(whole)
+    peak = timeline(lc.inspect(whole).programs["full"].graph_module.graph).peak_bytes
+    chunked = lc.transform(model, lc.Policy(chunk=lc.Chunk(budget=peak // 2)))
+    difference = float((call(chunked) - expected).abs().max() / expected.abs().max())
+    plan = lc.inspect(chunked).plan.chunks["full"]
+    measured = {kind: measure_peak(lambda m=module: call(m)).peak_bytes for kind, module in
+                (("whole", whole), ("chunked", chunked))}  # fmt: skip
+    seconds: dict[str, list[float]] = {"whole": [], "chunked": []}
+    modules = {"whole": whole, "chunked": chunked}
+    for _, kind in in_turns(tuple(modules), rounds):
+        seconds[kind].append(seconds_of(lambda m=modules[kind]: call(m)))
+    ratio = pairwise_ratio(seconds["chunked"], seconds["whole"])
+    return {
+        "predicted": {"whole": peak, "chunked": plan.peak_after},
+        "measured": measured,
+        "prediction_off": {k: p / measured[k] - 1 for k, p in (("whole", peak), ("chunked", plan.peak_after))},
+        "time_ratio": ratio.as_dict(),
+        "time_goal": {"value": ratio.median, "goal": f"at most {OVERHEAD}", "met": ratio.median <= OVERHEAD},
+        "difference": difference,
+        "equal": difference <= TOLERANCE,
+        "regions": len(plan.regions),
+    }
+
+
+def row_of(name: str, result: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    predicted, measured, ratio = result["predicted"], result["measured"], result["time_ratio"]
+    return [
+        name,
+        format_bytes(measured["whole"]),
+        format_bytes(measured["chunked"]),
+        format_bytes(predicted["chunked"]),
+        f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})",
+        "met" if result["time_goal"]["met"] else "not met",
+        f"{result['difference']:.1e}",
+    ]
+
+
+COLUMNS = ("model", "whole, measured", "chunked, measured", "predicted", "time chunked / whole", "", "difference")
+
+
+def main() -> None:
+    """Measure, print, and keep the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=list(MODELS), action="append")
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
+    options = parser.parse_args()
+    console = Console()
+    results = {}
+    with torch.no_grad():
+        for name in options.only or MODELS:
+            results[name] = measure(name, options.rounds)
+            console.print(row_of(name, results[name]), markup=False)
+    write_json(options.out, {"environment": environment(), "models": results})
+    table = markdown_table(COLUMNS, [row_of(*item) for item in results.items()])
+    options.out.with_suffix(".md").write_text("\n".join(table) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
