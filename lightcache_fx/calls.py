@@ -81,6 +81,7 @@ class CallLayout:
     tensor_types: tuple[TensorType, ...]
     numbers: tuple[tuple[int, type[int] | type[float]], ...] = ()  # which leaves were Python numbers, and of which kind
     method: str = "forward"
+    has_generator: bool = False  # whether a torch.Generator was passed; None stands in its place
 
     @property
     def integers(self) -> frozenset[int]:
@@ -169,6 +170,7 @@ class CallReader:
         flat, spec = pytree.tree_flatten_with_path((bound.args, bound.kwargs))
         device = next((leaf.device for _, leaf in flat if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
         constants: list[tuple[int, object]] = []
+        has_generator = False
         leaves: list[InputLeaf] = []
         tensors: list[torch.Tensor] = []
         positions: list[int] = []
@@ -183,7 +185,8 @@ class CallReader:
                 leaves.append(InputLeaf(name, parameter, rate))
                 tensors.append(leaf)
                 positions.append(position)
-            elif isinstance(leaf, torch.Generator):  # a graph that draws from it is refused, for it differs from eager
+            elif isinstance(leaf, torch.Generator):
+                has_generator = True
                 constants.append((position, None))
             elif isinstance(leaf, _CONSTANTS):
                 constants.append((position, leaf))
@@ -197,7 +200,15 @@ class CallReader:
         types = tuple(_tensor_type(tensor) for tensor in tensors)
         keys = tuple((p, type(value), repr(value) if isinstance(value, slice) else value) for p, value in constants)
         layout = CallLayout(
-            spec, tuple(constants), keys, tuple(leaves), tuple(positions), types, tuple(as_number), self.method
+            spec=spec,
+            constants=tuple(constants),
+            constant_keys=keys,
+            leaves=tuple(leaves),
+            positions=tuple(positions),
+            tensor_types=types,
+            numbers=tuple(as_number),
+            method=self.method,
+            has_generator=has_generator,
         )
         return Call(layout, tuple(tensors))
 

@@ -26,6 +26,7 @@ from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, place
 from lightcache_fx.marks import Mark
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.opaque import bind_opaque_calls, opaque_submodules, suspect_path
+from lightcache_fx.rates import draws_random_numbers
 from lightcache_fx.tracing import WRAPPER, FlatCall, Traced, trace_by_export, trace_real_tensors
 from lightcache_fx.verify import check_against_eager
 
@@ -114,6 +115,11 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
                     buffer.copy_(content)
             before.restore()
     if captured is not None:
+        if call.layout.has_generator and any(map(draws_random_numbers, captured.graph_module.graph.nodes)):
+            raise CaptureError(
+                f"{call.layout.method} of {type(module).__name__} draws random numbers from the torch.Generator that"
+                f" it is given; a program cannot: draw them outside and pass them as a tensor"
+            )
         return captured
     if attempt.mismatch is not None:
         raise type(attempt.mismatch)("; ".join(attempt.failures)) from attempt.mismatch

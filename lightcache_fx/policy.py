@@ -236,21 +236,14 @@ class Policy(_Settings):
             raise ValueError(f"expected a Cache, or a mapping with the keys {keys}, got {value!r}")
         return value
 
-    @pydantic.field_validator("chunk", mode="before")
+    @pydantic.field_validator("chunk", "decode", mode="before")
     @classmethod
-    def _read_chunk(cls, value: object) -> object:
-        if value is not None and not isinstance(value, Chunk | Mapping):
-            keys = ", ".join(Chunk.model_fields)
-            raise ValueError(f"expected a Chunk, or a mapping with the keys {keys}, got {value!r}")
-        return _read(Chunk, value)
-
-    @pydantic.field_validator("decode", mode="before")
-    @classmethod
-    def _read_decode(cls, value: object) -> object:
-        if value is not None and not isinstance(value, Decode | Mapping):
-            keys = ", ".join(Decode.model_fields)
-            raise ValueError(f"expected a Decode, or a mapping with the keys {keys}, got {value!r}")
-        return _read(Decode, value)
+    def _read_settings(cls, value: object, info: pydantic.ValidationInfo) -> object:
+        kind: type[Chunk | Decode] = Chunk if info.field_name == "chunk" else Decode
+        if value is not None and not isinstance(value, kind | Mapping):
+            keys = ", ".join(kind.model_fields)
+            raise ValueError(f"expected a {kind.__name__}, or a mapping with the keys {keys}, got {value!r}")
+        return _read(kind, value)
 
     def frames_at_a_time(self) -> int | None:
         """How many frames an autoencoder takes at a time; None where a budget, or nothing, decides."""

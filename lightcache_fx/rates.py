@@ -22,7 +22,7 @@ def rates_of(graph: fx.Graph) -> dict[fx.Node, Rate]:
     for node in graph.nodes:
         if node.op == "placeholder":
             level[node] = ORDER.index(input_of(node).rate)
-        elif _draws_random_numbers(node):
+        elif draws_random_numbers(node):
             level[node] = ORDER.index("latent")
         else:
             level[node] = max((level[arg] for arg in node.all_input_nodes), default=0)
@@ -34,7 +34,8 @@ def changes_within_run(rate: Rate) -> bool:
     return rate in ("step", "latent")
 
 
-def _draws_random_numbers(node: fx.Node) -> bool:
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)

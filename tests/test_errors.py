@@ -511,3 +511,22 @@ def test_earlier_programs_survive_a_capture_that_fails() -> None:
         plain_step(transformed, **{**INPUTS, "sample": torch.zeros(2, 5)})
     assert_bitwise(plain_step(transformed, **INPUTS), plain_step(model, **INPUTS))
     assert len(transformed._lightcache.runtime.compiled) == 1
+
+
+class _Sampler(nn.Module):
+    """Draws from the generator that it is given, or does not."""
+
+    def __init__(self, draws: bool) -> None:
+        super().__init__()
+        self.draws = draws
+
+    def forward(self, sample: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        return sample + torch.randn(sample.shape, generator=generator) if self.draws else sample * 2
+
+
+def test_a_generator_is_passed_by_but_never_ignored() -> None:
+    sample = torch.randn(2, 3)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(lc.transform(_Sampler(False).eval())(sample, generator=generator), sample * 2)
+    with pytest.raises(lc.errors.CaptureError, match=r"draws random numbers from the torch.Generator"):
+        lc.transform(_Sampler(True).eval())(sample, generator=generator)
