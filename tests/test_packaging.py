@@ -59,14 +59,16 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {f"lightcache_fx/{path.name}" for path in (ROOT / "lightcache_fx").glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "lightcache_fx").rglob("*.py")}
     expected |= {f"lightcache_fx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     assert names == expected | {"lightcache_fx/py.typed"}
 
 
 def test_every_folder_with_code_is_a_listed_package():
     folders = {path.parent for top in ("lightcache_fx", "passes") for path in (ROOT / top).rglob("*.py")}
-    assert folders == {ROOT / "lightcache_fx", ROOT / "passes"}, "list the new folder in [tool.setuptools] packages"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    listed = {ROOT / settings["package-dir"].get(name, name.replace(".", "/")) for name in settings["packages"]}
+    assert folders == listed, "list the new folder in [tool.setuptools] packages"
 
 
 def test_the_metadata(wheel):
