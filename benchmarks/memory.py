@@ -75,8 +75,15 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     whole = lc.transform(model)
     expected = call(whole)
     peak = timeline(lc.inspect(whole).programs["full"].graph_module.graph).peak_bytes
-    chunked = lc.transform(model, lc.Policy(chunk=lc.Chunk(budget=peak // 2)))
-    difference = float((call(chunked) - expected).abs().max() / expected.abs().max())
+    budget = peak // 2
+    try:
+        chunked = lc.transform(model, lc.Policy(chunk=lc.Chunk(budget=budget)))
+        found = call(chunked)
+    except lc.errors.BudgetError as error:  # reported: what was reached stands in the results beside the half
+        budget = int(1.01 * (error.reached or peak))
+        chunked = lc.transform(model, lc.Policy(chunk=lc.Chunk(budget=budget)))
+        found = call(chunked)
+    difference = float((found - expected).abs().max() / expected.abs().max())
     plan = lc.inspect(chunked).plan.chunks["full"]
     measured = {kind: measure_peak(lambda m=module: call(m)).peak_bytes for kind, module in
                 (("whole", whole), ("chunked", chunked))}  # fmt: skip
@@ -88,6 +95,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return {
         "predicted": {"whole": peak, "chunked": plan.peak_after},
         "measured": measured,
+        "half_of_peak": {"value": budget / peak, "goal": "at most 0.5", "met": budget <= peak // 2},
         "prediction_off": {k: p / measured[k] - 1 for k, p in (("whole", peak), ("chunked", plan.peak_after))},
         "time_ratio": ratio.as_dict(),
         "time_goal": {"value": ratio.median, "goal": f"at most {OVERHEAD}", "met": ratio.median <= OVERHEAD},
