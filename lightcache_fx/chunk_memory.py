@@ -69,7 +69,7 @@ class Memory:
                 self._needs[key] = error
         found = self._needs[key]
         if isinstance(found, CannotCut):
-            raise found
+            raise found.with_traceback(None)  # raised again and again, it would grow a frame a time
         return found
 
     def _last_uses(self) -> dict[fx.Node, int]:

@@ -16,7 +16,7 @@ from torch import fx, nn
 from lightcache_fx.axes import Axis, Reach
 from lightcache_fx.axis_rules import build_local
 from lightcache_fx.axis_rules.registry import evaluate
-from lightcache_fx.graphs import GraphInput, describe, num_bytes, placeholders
+from lightcache_fx.graphs import GraphInput, num_bytes, placeholders
 from lightcache_fx.liveness import timeline
 from lightcache_fx.regions import Region, full_value, ranges_of
 
@@ -282,8 +282,3 @@ def _like(view: torch.Tensor) -> torch.Tensor:
     """A fake tensor of a slice's layout that shares no storage with the whole."""
     with torch.no_grad():
         return view.new_empty_strided(view.shape, view.stride())
-
-
-def describe_region(region: Region) -> str:
-    """For messages and tables: what is cut, from where to where."""
-    return f"{describe(region.body[0])} .. {describe(region.body[-1])}"

@@ -62,8 +62,8 @@ def chunk_regions(graph: fx.Graph, *, regions: Sequence[PlannedRegion]) -> PassR
         %c = aten.linear(%b, %v)                     %c = aten.linear(%b, %v) }
                                                  %c_1 = getitem(%region_0, 0)
 
-    Tier: float rounding (bitwise where every operation of the body is pointwise or moves data). Invariants: values that
-    a chunk needs whole are computed before the region; outputs keep their shapes and strides.
+    Tier: float rounding (bitwise where the body only moves data or is plain arithmetic). Invariants: values that a chunk
+    needs whole are computed before the region; outputs keep their shapes and strides.
     """
     flops_of = count_flops(graph) if regions else {}
     for number, planned in enumerate(regions):
