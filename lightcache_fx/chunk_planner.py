@@ -211,7 +211,7 @@ def _frame_by_frame(memory: Memory, frames: int) -> list[Chosen]:
 def _as_told(memory: Memory, region: Region, stretch: tuple[int, int], cut: tuple[fx.Node, Axis], size: int) -> Chosen:
     """A region in chunks of `size` positions."""
     (begin, end), (seed, axis) = stretch, cut
-    count = -(-axis.size // min(size, axis.size))
+    count = region.counts([-(-axis.size // min(size, axis.size))])[0]
     peak, seconds = body_peak(memory, region, count), chunk_seconds(memory, region, count)
     return Chosen(begin, end, axis, seed, region, count, peak, sum(map(num_bytes, region.outputs)), seconds)
 

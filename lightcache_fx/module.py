@@ -241,6 +241,10 @@ def plan(
     _check_module("plan", module)
     if isinstance(module, TransformedModule):
         module = module._lightcache.original
+    if device not in (None, "cpu", "cuda"):
+        raise ArgumentError(f"plan: device must be 'cpu' or 'cuda', the kind that memory is predicted for, got {device!r}")
+    if method is not None and not callable(getattr(type(module), method, None)):
+        raise ArgumentError(f"plan: {type(module).__name__} has no method {method!r}; leave it out for the main one")
     if method is None:
         method = "decode" if is_autoencoder(module) else "forward"
     policy = policy.of_autoencoder() if is_autoencoder(module) else policy

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightcache_fx.calls import default_rate
 from lightcache_fx.errors import ArgumentError, TransformError, nearest
-from lightcache_fx.module import restore_module, transform
+from lightcache_fx.module import is_autoencoder, restore_module, transform
 from lightcache_fx.policy import Policy
 from lightcache_fx.runs import current_run, marked_run, step_done
 from lightcache_fx.views import second_view
@@ -48,9 +48,10 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
 
     Args:
         pipe: a diffusers pipeline, or an object with its attributes: `components`, `scheduler`, `__call__`.
-        policy: applied to every denoiser.
+        policy: applied to every component; of it an autoencoder takes what is about memory.
         components: names of the components to transform; by default every module whose forward takes a timestep, except
-            those that only condition another (the pipeline's `model_cpu_offload_seq` does not name them).
+            those that only condition another (the pipeline's `model_cpu_offload_seq` does not name them), and the
+            autoencoder where the policy has `decode` or a `memory_budget`.
 
     Raises:
         ArgumentError: not a pipeline, or a component that it does not have.
@@ -70,7 +71,11 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
             "transform_pipeline: this pipeline is transformed already; call lightcache_fx.restore(pipe) first"
         )
     modules: dict[str, nn.Module] = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}  # type: ignore[attr-defined]
-    names = _denoisers(pipe, modules) if components is None else list(components)
+    if components is None:
+        autoencoders = [name for name, module in modules.items() if is_autoencoder(module)]
+        names = _denoisers(pipe, modules) + (autoencoders if policy.runs_autoencoders() else [])
+    else:
+        names = list(components)
     for name in names:
         if name not in modules:
             raise ArgumentError(

@@ -245,6 +245,10 @@ class Policy(_Settings):
             raise ValueError(f"expected a {kind.__name__}, or a mapping with the keys {keys}, got {value!r}")
         return _read(kind, value)
 
+    def runs_autoencoders(self) -> bool:
+        """Whether anything is asked of the autoencoder of a pipeline."""
+        return self.decode is not None or self.memory_budget is not None
+
     def frames_at_a_time(self) -> int | None:
         """How many frames an autoencoder takes at a time; None where a budget, or nothing, decides."""
         if self.decode is None:

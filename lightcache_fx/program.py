@@ -48,11 +48,6 @@ class Program:
     num_outputs: int
 
     @property
-    def num_nodes(self) -> int:
-        """Calls in the graph."""
-        return sum(node.op in ("call_function", "call_module") for node in self.graph_module.graph.nodes)
-
-    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that one run of the program reads."""
         return sum(num_bytes(n) for n in placeholders(self.graph_module.graph) if input_of(n).kind == "weight")
