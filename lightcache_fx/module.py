@@ -242,7 +242,9 @@ def plan(
     if isinstance(module, TransformedModule):
         module = module._lightcache.original
     if device not in (None, "cpu", "cuda"):
-        raise ArgumentError(f"plan: device must be 'cpu' or 'cuda', the kind that memory is predicted for, got {device!r}")
+        raise ArgumentError(
+            f"plan: device must be 'cpu' or 'cuda', the kind that memory is predicted for, got {device!r}"
+        )
     if method is not None and not callable(getattr(type(module), method, None)):
         raise ArgumentError(f"plan: {type(module).__name__} has no method {method!r}; leave it out for the main one")
     if method is None:

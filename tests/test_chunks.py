@@ -18,7 +18,7 @@ from axis_rules.vaes import VAES
 from graphs import Captured, captured
 from lightcache_fx.axes import Axis
 from lightcache_fx.chunk_planner import ChunkPlan, plan_program
-from lightcache_fx.errors import BudgetError, PolicyError, RegionError
+from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, RegionError
 from lightcache_fx.graphs import copy_graph
 from lightcache_fx.liveness import timeline
 from lightcache_fx.measure import measure_peak
@@ -429,3 +429,20 @@ def test_random_graphs_at_random_budgets(data: st.DataObject) -> None:
     module, plan = chunked(given, int(peak * data.draw(st.floats(0.2, 1.0))), at_floor=True)
     assert error(given.run(module), given.run()) <= TOLERANCE
     assert math.isfinite(plan.overhead)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, r"plan: device must be 'cpu' or 'cuda'.*got 'tpu'"),
+        ({"method": "encodee"}, r"plan: FeedForward has no method 'encodee'"),
+    ],
+)
+def test_a_plan_for_what_there_is_not(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        lc.plan(FeedForward().eval(), (torch.randn(1, 4, 16),), **options)
+
+
+def test_a_report_of_a_method_that_is_not_run_by_programs() -> None:
+    with pytest.raises(ArgumentError, match=r"inspect: FeedForward runs forward by programs, not 'decode'"):
+        lc.inspect(lc.transform(FeedForward().eval()), "decode")

@@ -126,3 +126,19 @@ def test_the_cut_is_kept_during_a_run_and_nothing_after_it() -> None:
     fast(prompt="box", height=32, width=32, num_inference_steps=3, callback_on_step_end=note_held)
     assert held == [oracle.kept_bytes] * 2 + [0], "held between steps, freed after the last one, before decoding"
     assert lc.inspect(_denoiser(case, fast)).kept_bytes == 0
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_autoencoder_is_transformed_where_the_policy_asks(name: str) -> None:
+    case = PIPELINES[name]
+    pipe = case.build()
+    frames = None if name in ("svd", "easyanimate") else 1  # the frames of these two depend on each other
+    policy = lc.Policy(decode=lc.Decode(frames=frames, budget="64MiB"))
+    fast = lc.transform_pipeline(pipe, policy)
+    assert lc.transform_pipeline(pipe, lc.Policy()).vae is pipe.vae
+    found = case.generate(fast, 0, SMALL, num_steps=2)
+    torch.testing.assert_close(found, case.generate(pipe, 0, SMALL, num_steps=2), rtol=0, atol=1e-4)
+    plan = lc.inspect(fast.vae).plan
+    assert plan.chunks["full"].fits
+    assert bool(plan.chunks["full"].regions) == (name in ("animatediff", "modelscope"))
+    assert lc.restore(fast).vae is pipe.vae
