@@ -6,7 +6,7 @@ bytes of a chosen region's body are checked against the liveness of the body its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,13 +17,12 @@ from lightcache_fx.axis_rules import CannotCut, needs_of
 from lightcache_fx.chunked import build_region
 from lightcache_fx.costs import Machine, machine_of, traffic
 from lightcache_fx.flops import count_flops
-from lightcache_fx.graphs import calls, is_view, num_bytes, output_node, tensors_of
-from lightcache_fx.liveness import CUDA_BLOCK, Timeline, timeline
+from lightcache_fx.graphs import calls, num_bytes, output_node
+from lightcache_fx.liveness import Timeline, timeline
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
 from lightcache_fx.regions import Region, ranges_of
 
 _END = 2**60
-_MAX_CHAIN = 12
 
 
 class Memory:
@@ -34,10 +33,7 @@ class Memory:
         self.order = list(calls(graph))
         self.place = {node: index for index, node in enumerate(self.order)}
         self.timeline: Timeline = timeline(graph, cuda=cuda)
-        self.cuda = (
-            cuda if cuda is not None else any(t.device.type == "cuda" for n in self.order for t in tensors_of(n))
-        )
-        self.machine: Machine = machine_of(graph)
+        self.machine: Machine = machine_of(graph, cuda=self.timeline.cuda)
         self.flops = count_flops(graph)
         self.own: dict[fx.Node, int] = dict.fromkeys(self.order, 0)
         """Bytes of the storages that a call leaves behind."""
@@ -48,15 +44,14 @@ class Memory:
         self.extra = {step.node: max(0, step.peak - step.before - self.own[step.node]) for step in self.timeline.steps}
         """Bytes that a call takes beside them while it runs."""
         self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
-        """The calls whose storages a value lives in; empty for what the caller holds."""
+        """The calls whose storages a value lives in: its own, or its first argument's; empty for the caller's."""
         for node in self.order:
             self.roots[node] = (
                 frozenset([node])
                 if self.own[node]
-                else frozenset().union(*(self.roots.get(source, frozenset()) for source in _alias_sources(node)))
+                else frozenset().union(*(self.roots.get(source, ()) for source in node.all_input_nodes[:1]))
             )
         self.last_use = self._last_uses()
-        self.rounding = CUDA_BLOCK if self.cuda else 1
         self._needs: dict[tuple[fx.Node, Axis], dict[fx.Node, Need | None] | CannotCut] = {}
 
     def needs_of(self, node: fx.Node, axis: Axis) -> dict[fx.Node, Need | None]:
@@ -94,36 +89,41 @@ class Memory:
         return found
 
 
-def _alias_sources(node: fx.Node) -> Sequence[fx.Node]:
-    """Where the value of a call that allocates nothing lives: in its first argument, or in any for in-place lists."""
-    return node.all_input_nodes[:1]
-
-
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A stretch `[begin, end]` of calls, its region and its number of chunks, with what they are predicted to take."""
+    """A region and its number of chunks, with what they are predicted to take.
+
+    Attributes:
+        begin: the place of the first call of its stretch.
+        end: of the last.
+        region: what runs chunk by chunk.
+        count: number of chunks.
+        body_peak: bytes of the largest chunk's temporaries.
+        seconds: beyond what the same nodes take unchunked.
+        bodies: how the bodies of the chunks are cut in turn.
+    """
 
     begin: int
     end: int
-    axis: Axis
-    seed: fx.Node
     region: Region
     count: int
     body_peak: int
-    output_bytes: int
-    seconds: float
-    """Beyond what the same nodes take unchunked."""
+    seconds: float = 0.0
     bodies: tuple[Chunking, ...] = ()
-    """How the bodies of the chunks are cut in turn."""
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the outputs, which are allocated whole."""
+        return sum(map(num_bytes, self.region.outputs))
 
     def __str__(self) -> str:
-        return f"calls {self.begin} to {self.end}, {self.axis} of %{self.seed.name} in {self.count} chunks"
+        seed = self.region.seed.name
+        return f"calls {self.begin} to {self.end}, {self.region.axis} of %{seed} in {self.count} chunks"
 
-    def planned(self) -> PlannedRegion:
+    def planned(self, memory: Memory) -> PlannedRegion:
         """By name, for the pass."""
-        nodes = list(calls(self.seed.graph))
-        first, last = nodes[self.begin].name, nodes[self.end].name
-        return PlannedRegion(first, last, self.seed.name, self.axis, self.count, self.bodies)
+        first, last = memory.order[self.begin].name, memory.order[self.end].name
+        return PlannedRegion(first, last, self.region.axis, self.count, self.bodies)
 
 
 @dataclass
@@ -225,7 +225,7 @@ def body_peak(memory: Memory, region: Region, count: int) -> int:
 def exact_body_peak(memory: Memory, region: Region, count: int) -> int:
     """Bytes of the largest chunk's temporaries by the bodies' own liveness, and of its copied slices of inputs."""
     module = build_region(region, count, {})
-    return module.memory_peak(memory.rounding)
+    return module.memory_peak(memory.timeline.rounding)
 
 
 def _copied_inputs(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> int:
@@ -268,59 +268,3 @@ def live_values(memory: Memory, chosen: Sequence[Chosen], item: fx.Node | Chosen
         if size and node not in inner and memory.place[node] <= end and memory.last_use[node] >= begin
     ]
     return sorted(live, key=lambda node: -memory.own[node])
-
-
-def recomputable(graph: fx.Graph, live: Sequence[str], failed: Collection[str]) -> tuple[str, ...]:
-    """The largest live value that can be computed again for each reader, with the calls that must be repeated for it.
-
-    Its inputs are there anyway as long as it is, or are at most half its size and are kept for longer, or are computed
-    again themselves.
-    """
-    by_name = {node.name: node for node in graph.nodes}
-    last_use = _last_readers(graph)
-    for name in live:
-        node = by_name.get(name)
-        if node is None or name in failed or len(node.users) < 2:
-            continue
-        chain = _chain(node, last_use)
-        if chain is not None:
-            return tuple(link.name for link in chain)
-    return ()
-
-
-def _last_readers(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The place of the last call that reads each value, or a view of it."""
-    places = {node: index for index, node in enumerate(graph.nodes)}
-    last: dict[fx.Node, int] = {}
-    for node in reversed(graph.nodes):
-        last[node] = max([places[node], *(places[user] for user in node.users)])
-        last[node] = max([last[node], *(last[user] for user in node.users if is_view(user))])
-    return last
-
-
-def _chain(value: fx.Node, last_use: dict[fx.Node, int]) -> list[fx.Node] | None:
-    """What must be computed again to have a value again; None where that cannot be done in strips, or is long."""
-    size, until = num_bytes(value), last_use[value]
-    chain, stack = [value], [value]
-    while stack:
-        node = stack.pop()
-        if not _in_strips(node) or len(chain) > _MAX_CHAIN:
-            return None
-        for source in node.all_input_nodes:
-            kept = source.op == "placeholder" or last_use[source] >= until or num_bytes(source) <= size // 2
-            if not kept and source not in chain:
-                chain.append(source)
-                stack.append(source)
-    return chain
-
-
-def _in_strips(node: fx.Node) -> bool:
-    """Whether a call can be computed in strips of its last dimension but one."""
-    tensors = tensors_of(node)
-    if len(tensors) != 1 or tensors[0].dim() < 3:
-        return False
-    try:
-        needs_of(node, Axis(tensors[0].dim() - 2, tensors[0].shape[-2]))
-    except CannotCut:
-        return False
-    return True

@@ -164,7 +164,7 @@ def build_region(region: Region, count: int, flops_of: dict[fx.Node, int]) -> Ch
         Allocation(tuple(value.shape), value.stride(), value.dtype, value.device)
         for value in map(full_value, region.outputs)
     )
-    label = f"{region.axes[region.outputs[-1]]} in {count} chunks"
+    label = f"{region.axis} in {count} chunks"
     return ChunkedRegion([body for _, body in bodies.values()], tuple(chunks), outputs, label=label, flops=int(flops))
 
 

@@ -40,13 +40,13 @@ GPU_FLOAT = Machine(flops=5e13, bytes=2.5e12, launch=4e-6)
 """The same, float32 without TF32."""
 
 
-def machine_of(graph: fx.Graph) -> Machine:
-    """The machine that a graph's values are made for, by device and dtype; 16-bit ones are taken to be for a GPU."""
+def machine_of(graph: fx.Graph, *, cuda: bool) -> Machine:
+    """The machine that a graph is planned for; on a GPU by the dtype of most of its values."""
+    if not cuda:
+        return CPU
     tensors = [tensor for node in graph.nodes for tensor in tensors_of(node) if tensor.is_floating_point()]
     half = sum(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) * 2 > len(tensors)
-    if half:
-        return GPU_HALF
-    return GPU_FLOAT if any(tensor.device.type == "cuda" for tensor in tensors) else CPU
+    return GPU_HALF if half else GPU_FLOAT
 
 
 def traffic(node: fx.Node) -> tuple[int, int]:

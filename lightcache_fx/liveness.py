@@ -132,6 +132,7 @@ class Timeline:
         blocks: everything that is allocated.
         assumed: calls that cannot run with fake tensors (opaque modules, sizes that depend on data); they count as one
             fresh storage for each output, its size at its upper bound.
+        cuda: whether it is predicted for a CUDA device.
     """
 
     steps: tuple[Step, ...]
@@ -140,6 +141,12 @@ class Timeline:
     held_bytes: Mapping[str, int]
     blocks: tuple[Block, ...]
     assumed: tuple[fx.Node, ...]
+    cuda: bool = False
+
+    @property
+    def rounding(self) -> int:
+        """Every allocation is rounded up to a multiple of so many bytes."""
+        return CUDA_BLOCK if self.cuda else 1
 
     def live_at(self, moment: int) -> list[Block]:
         """What is live at a moment, largest first."""
@@ -229,7 +236,7 @@ class _Run:
         highest = max(steps, key=lambda step: step.peak, default=None)
         peak = highest.peak if highest is not None else 0
         where = highest.node if highest is not None and peak else None
-        return Timeline(tuple(steps), peak, where, held, blocks, tuple(self.assumed))
+        return Timeline(tuple(steps), peak, where, held, blocks, tuple(self.assumed), cuda=self.kind == "cuda")
 
     def run(self, graph: fx.Graph, arguments: Sequence[Any], steps: list[Step] | None) -> Any:
         """Run a graph as its generated code does, arguments held by the caller; steps are noted for the outermost."""

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from lightcache_fx.capture import Capture
-from lightcache_fx.chunk_planner import ChunkPlan, plan_program
+from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.cuts import Slot
 from lightcache_fx.errors import BudgetError
 from lightcache_fx.flops import total_flops
@@ -26,7 +26,6 @@ from lightcache_fx.passes.remove_marks import remove_marks
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan, format_bytes
-from lightcache_fx.policy import Region
 
 _PLAN_TRIES = 3
 
@@ -89,31 +88,23 @@ def with_chunks(capture: Capture, plan: Plan, *, cuda: bool | None = None) -> Pl
     chunks = {}
     for name, graph in _whole_graphs(capture, plan).items():
         regions = explicit if name != "prologue" else []
-        chunks[name] = _plan_exactly(capture, graph, _budget(plan, name), regions, frames=frames, cuda=cuda)
+        chunks[name] = _plan_exactly(capture, graph, Request(_budget(plan, name), regions, frames, cuda))
         if not chunks[name].fits:
             raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
     return replace(plan, chunks=chunks)
 
 
-def _plan_exactly(
-    capture: Capture,
-    graph: fx.Graph,
-    budget: int | None,
-    regions: Sequence[Region],
-    *,
-    frames: int | None,
-    cuda: bool | None,
-) -> ChunkPlan:
+def _plan_exactly(capture: Capture, graph: fx.Graph, request: Request) -> ChunkPlan:
     """A chunk plan whose peak is that of the finished graph's own timeline, planned again where that is too high."""
     whole = fx.GraphModule(_modules(capture, graph), graph)
-    goal = budget
+    budget = goal = request.budget
     for _ in range(_PLAN_TRIES):
-        chunk = plan_program(whole.graph, goal, regions, frames=frames, cuda=cuda)
+        chunk = plan_program(whole.graph, replace(request, budget=goal))
         estimate = chunk.peak_after
         finished, _ = copy_graph(graph)
         chunk.chunking.apply(finished)
         built = fx.GraphModule(_modules(capture, finished), finished)
-        exact = timeline(built.graph, cuda=cuda).peak_bytes
+        exact = timeline(built.graph, cuda=request.cuda).peak_bytes
         allowed = max(chunk.budget, exact) if budget is None else budget  # nothing was asked: whatever comes is right
         chunk = replace(chunk, peak_after=exact, budget=allowed)
         if goal is None or budget is None or chunk.fits or estimate > goal:

@@ -29,7 +29,6 @@ class Region:
         outputs: those of them whose values are used outside, in order.
         needs: for each node of the body, what it needs of each of its tensor inputs; None is the whole value.
         inputs: values from outside that the body reads, in order of first use.
-        size: positions of the axis that counts the chunks, that of the last output.
     """
 
     body: tuple[fx.Node, ...]
@@ -37,19 +36,29 @@ class Region:
     outputs: tuple[fx.Node, ...]
     needs: Mapping[fx.Node, Mapping[fx.Node, Need | None]]
     inputs: tuple[fx.Node, ...]
-    size: int
+
+    @property
+    def seed(self) -> fx.Node:
+        """The output whose axis counts the chunks: the last."""
+        return self.outputs[-1]
+
+    @property
+    def axis(self) -> Axis:
+        """How the seed is cut."""
+        return self.axes[self.seed]
 
     def bounds(self, index: int, count: int, node: fx.Node) -> tuple[int, int]:
         """Positions of output `node` that chunk `index` of `count` makes: all are alike but the last, if uneven."""
-        size, length = self.axes[node].size, -(-self.size // count)
-        start, stop = index * length, min((index + 1) * length, self.size)
-        return start * size // self.size, stop * size // self.size
+        size, whole = self.axes[node].size, self.axis.size
+        length = -(-whole // count)
+        start, stop = index * length, min((index + 1) * length, whole)
+        return start * size // whole, stop * size // whole
 
     def counts(self, wanted: Iterable[int]) -> list[int]:
         """Numbers of chunks near the wanted ones, rising, each with another length, up to one position a chunk."""
         most = min(self.axes[node].size for node in self.outputs)
-        lengths = {-(-self.size // count) for count in (*wanted, most) if 1 < count <= most}
-        return sorted(-(-self.size // length) for length in lengths)
+        lengths = {-(-self.axis.size // count) for count in (*wanted, most) if 1 < count <= most}
+        return sorted(-(-self.axis.size // length) for length in lengths)
 
 
 NeedsOf = Callable[[fx.Node, Axis], dict[fx.Node, Need | None]]
@@ -103,46 +112,43 @@ class _Walk:
                 self.cut(source, need.axis)
 
 
-def trace_region(
-    stretch: Sequence[fx.Node], axis: Axis, *, seed: fx.Node | None = None, needs_of: NeedsOf = needs_of
-) -> Region:
+def leaving(stretch: Sequence[fx.Node]) -> list[fx.Node]:
+    """The calls of a run of nodes whose values are used outside of it, in order."""
+    members = frozenset(stretch)
+    return [node for node in stretch if tensors_of(node) and any(user not in members for user in node.users)]
+
+
+def trace_region(stretch: Sequence[fx.Node], axis: Axis, *, needs_of: NeedsOf = needs_of) -> Region:
     """The region that computes the values that leave `stretch`, a run of nodes in graph order, cut along `axis`.
 
     Args:
         stretch: nodes that may be computed chunk by chunk.
-        axis: how the seed is cut.
+        axis: how the last value that leaves the stretch is cut. Others that leave are cut as the walk finds them, or
+            along an axis of as many positions that agrees with what they are made from.
         needs_of: the rules, or something that remembers what they said.
-        seed: the value that is cut first; by default the last one that leaves the stretch. Other values that leave are
-            cut as the walk finds them, or along an axis of as many positions that agrees with what they are made from.
 
     Raises:
         Blocked: an operation cannot be cut so, or an output can only be computed whole from values that are cut.
     """
-    members = frozenset(stretch)
-    leaving = [node for node in stretch if tensors_of(node) and any(user not in members for user in node.users)]
-    seed = seed if seed is not None else leaving[-1]
-    several = next((node for node in leaving if not isinstance(node.meta["val"], torch.Tensor)), None)
+    wanted = leaving(stretch)
+    seed, leave = wanted[-1], set(wanted)
+    several = next((node for node in wanted if not isinstance(node.meta["val"], torch.Tensor)), None)
     if several is not None:
         raise Blocked(several, axis, CannotCut("an operation with several results is parted from them"))
-    walk = _Walk(members, needs_of)
+    walk = _Walk(frozenset(stretch), needs_of)
     walk.cut(seed, axis)
-    wanted = set(leaving)
-    # An output that only the walk from a later output reaches may be cut along another axis than it would be alone, so
-    # the outputs that nothing has reached are tried last first.
-    for node in reversed(stretch):
-        if node in wanted and node not in walk.axes and node not in walk.whole:
+    for node in reversed(stretch):  # so that an output is left alone until nothing after it can have asked for it
+        if node in leave and node not in walk.axes and node not in walk.whole:
             _cut_output(walk, node, axis.size)
         if node in walk.axes:
             walk.visit(node)
-    # What turned out to be needed whole leaves the region after its readers were visited; the needs of nodes that left
-    # do not count.
-    cut = {node for node in stretch if node in walk.axes and node not in walk.whole}
+    cut = set(walk.axes)
     # One of several results of a call outside is taken out of them outside.
     body = tuple(n for n in stretch if n in cut and (n.target is not operator.getitem or n.all_input_nodes[0] in cut))
     if seed not in body:
         raise Blocked(seed, axis, CannotCut("it is needed whole"))
     inside = set(body)
-    outputs = tuple(node for node in leaving if node in inside)
+    outputs = tuple(node for node in wanted if node in inside)
     for node in stretch:
         if node not in inside and any(source in inside for source in node.all_input_nodes):
             raise Blocked(node, axis, CannotCut("it is needed whole, but made from values that are cut"))
@@ -153,7 +159,6 @@ def trace_region(
         outputs=outputs,
         needs={node: walk.needs[node] for node in body},
         inputs=tuple(inputs),
-        size=axis.size,
     )
 
 
@@ -210,7 +215,7 @@ def ranges_of(region: Region, index: int, count: int) -> dict[fx.Node, tuple[int
                 _widen(ranges, source, need.reach.of(start, stop, need.axis.size))
     for node in region.body:  # one of several results is not narrowed before it is taken out
         if node.target is operator.getitem:
-            ranges[node] = ranges.get(node.all_input_nodes[0], ranges[node])
+            ranges[node] = ranges[node.all_input_nodes[0]]
     return ranges
 
 

@@ -22,15 +22,15 @@ from lightcache_fx.regions import Blocked, Region, trace_region
 
 @dataclass(frozen=True)
 class PlannedRegion:
-    """What the planner decided: nodes `first` to `last`, by name, cut as `axis` cuts `seed`, in `count` chunks.
+    """What the planner decided: nodes `first` to `last`, by name, in `count` chunks.
 
     Attributes:
+        axis: how the last value that leaves them is cut.
         bodies: how each of the chunks' bodies is cut in turn; empty where it is not.
     """
 
     first: str
     last: str
-    seed: str
     axis: Axis
     count: int
     bodies: tuple[Chunking, ...] = ()
@@ -62,8 +62,8 @@ def chunk_regions(graph: fx.Graph, *, regions: Sequence[PlannedRegion]) -> PassR
         %c = aten.linear(%b, %v)                     %c = aten.linear(%b, %v) }
                                                  %c_1 = getitem(%region_0, 0)
 
-    Tier: float rounding (bitwise where the body only moves data or is plain arithmetic). Invariants: values that a chunk
-    needs whole are computed before the region; outputs keep their shapes and strides.
+    Tier: float rounding (bitwise where the body only moves data or is plain arithmetic). Invariants: what a chunk needs
+    whole is computed before the region; outputs keep their shapes and strides.
     """
     flops_of = count_flops(graph) if regions else {}
     for number, planned in enumerate(regions):
@@ -75,14 +75,16 @@ def chunk_regions(graph: fx.Graph, *, regions: Sequence[PlannedRegion]) -> PassR
 def find_region(graph: fx.Graph, planned: PlannedRegion) -> Region:
     """The region that a plan names, in this graph."""
     by_name = {node.name: node for node in graph.nodes}
-    missing = next((name for name in (planned.first, planned.last, planned.seed) if name not in by_name), None)
+    missing = next((name for name in (planned.first, planned.last) if name not in by_name), None)
     if missing is not None:
         raise PassError(f"chunk_regions: the graph has no node %{missing}; was the plan made for another graph?")
     try:
         stretch = stretch_between(by_name[planned.first], by_name[planned.last])
-        return trace_region(stretch, planned.axis, seed=by_name[planned.seed])
+        return trace_region(stretch, planned.axis)
     except Blocked as error:
-        raise PassError(f"chunk_regions: cannot cut %{planned.seed} along {planned.axis}: {error}") from error
+        raise PassError(
+            f"chunk_regions: cannot cut %{planned.first} .. %{planned.last} along {planned.axis}: {error}"
+        ) from error
 
 
 def stretch_between(first: fx.Node, last: fx.Node) -> list[fx.Node]:

@@ -17,7 +17,7 @@ import lightcache_fx as lc
 from axis_rules.vaes import VAES
 from graphs import Captured, captured
 from lightcache_fx.axes import Axis
-from lightcache_fx.chunk_planner import ChunkPlan, plan_program
+from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, RegionError
 from lightcache_fx.graphs import copy_graph
 from lightcache_fx.liveness import timeline
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 def chunked(given: Captured, budget: int, *, at_floor: bool = False) -> tuple[fx.GraphModule, ChunkPlan]:
     """The captured graph cut to a budget; with `at_floor` to the least that is reached where the budget is not."""
-    plan = plan_program(given.graph_module.graph, budget)
+    plan = plan_program(given.graph_module.graph, Request(budget))
     assert plan.fits or at_floor, f"the least reached is {plan.peak_after} of {plan.peak_before}, not {budget}"
     graph, _ = copy_graph(given.graph_module.graph)
     plan.chunking.apply(graph)
@@ -167,9 +167,7 @@ def test_group_norm_is_over_the_whole_value() -> None:
     scaled = [n.name for n in graph.nodes if n.target is torch.ops.aten.addcmul.default]
     convs = [n.name for n in graph.nodes if n.target is torch.ops.aten.conv2d.default]
     rows = Axis(2, 64)
-    Chunking(regions=tuple(PlannedRegion(*ends, ends[1], rows, 5) for ends in zip(scaled, convs, strict=True))).apply(
-        graph
-    )
+    Chunking(regions=tuple(PlannedRegion(*ends, rows, 5) for ends in zip(scaled, convs, strict=True))).apply(graph)
     regions = {n.name: n.meta["lightcache_region"] for n in graph.nodes if n.op == "call_module"}
     assert any(n.target is torch.ops.aten.addcmul.default for r in regions.values() for n in r.body(0).graph.nodes)
     whole = given.run()

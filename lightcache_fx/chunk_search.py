@@ -1,0 +1,192 @@
+"""The search for a region around one peak: stretches that begin and end where little is live, along every axis.
+
+Distances double: near the peak the choice is fine, far from it coarse, up to the whole program (frame by frame, say).
+The search is AutoChunk's (Zhao et al. 2024) with halos and factors of dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from lightcache_fx.axes import Axis
+from lightcache_fx.chunk_memory import Chosen, Memory, body_peak, chunk_seconds, exact_body_peak, profile
+from lightcache_fx.chunked import build_region, copied_bytes
+from lightcache_fx.regions import Blocked, Region, axes_of, finer_axes, leaving, trace_region
+
+if TYPE_CHECKING:
+    from lightcache_fx.chunk_planner import ChunkPlan
+
+PlanBody = Callable[[fx.Graph, int], "ChunkPlan"]
+
+_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+_NESTED_TRIES = 1
+_TRIES = 6
+_ENOUGH = 3
+"""So many stretches that fit end the search for longer ones."""
+
+
+class Search:
+    """Regions around one peak, in a graph where some have been chosen already."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        chosen: Sequence[Chosen],
+        item: fx.Node | Chosen,
+        at: int,
+        budget: int,
+        plan_body: PlanBody | None,
+    ) -> None:
+        self.memory, self.at, self.budget, self.plan_body = memory, at, budget, plan_body
+        whole = profile(memory, chosen)
+        self.peak = whole.during[whole.items.index(item)]
+        self.before = dict(zip(whole.items, whole.before, strict=True))
+        """Bytes live before each call and each region."""
+        self.taken: dict[int, Chosen] = {i: region for region in chosen for i in range(region.begin, region.end + 1)}
+        """The calls that are in a region; a new region holds such a region altogether or not at all."""
+
+    def may_begin(self, index: int) -> bool:
+        """Whether a region may begin with a call."""
+        return index >= 0 and (index not in self.taken or self.taken[index].begin == index)
+
+    def may_end(self, index: int) -> bool:
+        """Whether a region may end with a call."""
+        return index < len(self.memory.order) and (index not in self.taken or self.taken[index].end == index)
+
+    def best(self) -> Chosen | None:
+        """The fastest region that fits the budget, else the one that lowers the peak most."""
+        found = list(self.candidates())
+        fitting = sorted((c for c, reached in found if reached <= self.budget), key=lambda c: c.seconds)
+        for candidate in fitting:
+            exact = self.fitted(candidate.begin, candidate.end, candidate.region.axis, candidate.count)
+            if exact is not None:
+                return exact
+        lowering = sorted(found, key=lambda entry: (entry[1], entry[0].seconds))
+        exactly = [self.exactly(candidate) for candidate, _ in lowering[:_TRIES]]
+        exactly = sorted((e for e in exactly if e[1] < 0.99 * self.peak), key=lambda entry: entry[1])
+        nested = [self.nested(exact, reached) for exact, reached in exactly[:_NESTED_TRIES]]
+        return min([*exactly, *nested], key=lambda entry: entry[1])[0] if exactly else None
+
+    def nested(self, candidate: Chosen, reached: int) -> tuple[Chosen, int]:
+        """A region whose chunks are too large by themselves, their bodies cut in turn to what is left of the budget."""
+        beside = reached - candidate.body_peak
+        if self.plan_body is None or beside >= self.budget:
+            return candidate, reached
+        module = build_region(candidate.region, candidate.count, {})
+        bodies, peak, added = [], 0, 0.0
+        for index in range(len(module.bodies)):
+            graph = module.body(index).graph
+            copied = copied_bytes(graph)
+            plan = self.plan_body(graph, self.budget - beside - copied)
+            bodies.append(plan.chunking)
+            peak = max(peak, plan.peak_after + copied)
+            added = max(added, plan.seconds_added)
+        if peak >= 0.99 * candidate.body_peak:
+            return candidate, reached
+        seconds = candidate.seconds + candidate.count * added
+        exact = replace(candidate, body_peak=peak, seconds=seconds, bodies=tuple(bodies))
+        return exact, beside + peak
+
+    def fitted(self, begin: int, end: int, axis: Axis, least: int = 2) -> Chosen | None:
+        """The region with the fewest chunks that fits, by its bodies' own liveness; None where none does."""
+        try:
+            region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
+        except Blocked:
+            return None
+        for count in region.counts(count for count in _COUNTS if count >= least):
+            trial, reached = self.estimate(region, begin, end, count)
+            if reached <= self.budget:
+                trial, reached = self.exactly(trial)
+                if reached <= self.budget:
+                    return trial
+        return None
+
+    def exactly(self, candidate: Chosen) -> tuple[Chosen, int]:
+        """A candidate with its bodies' own peak and its time, and the highest that its stretch reaches."""
+        memory, region = self.memory, candidate.region
+        peak = exact_body_peak(memory, region, candidate.count)
+        seconds = chunk_seconds(memory, region, candidate.count)
+        exact = replace(candidate, body_peak=peak, seconds=seconds)
+        reached, _ = profile(memory, [exact], exact.begin, exact.end, self.live_before(exact.begin)).peak()
+        return exact, reached
+
+    def candidates(self) -> Iterator[tuple[Chosen, int]]:
+        """Regions around the peak, each with the highest that its stretch then reaches."""
+        last = len(self.memory.order)
+        begins = self.narrow_points(filter(self.may_begin, range(self.at, -1, -1)), self.live_before)
+        ends = self.narrow_points(filter(self.may_end, range(self.at, last)), lambda index: self.live_before(index + 1))
+        fits = 0
+        for end in ends:
+            outputs = leaving(self.memory.order[self.at : end + 1])
+            queue = axes_of(outputs[-1]) if outputs else []
+            tried: set[Axis] = set()
+            fits_here = 0
+            while queue:
+                axis = queue.pop(0)
+                if axis not in tried:
+                    tried.add(axis)
+                    for found, reached in self.along(begins, end, axis, queue):
+                        fits_here += reached <= self.budget
+                        yield found, reached
+            fits += fits_here > 0
+            if fits >= _ENOUGH:
+                return
+
+    def along(self, begins: Sequence[int], end: int, axis: Axis, queue: list[Axis]) -> Iterator[tuple[Chosen, int]]:
+        """Regions that end at `end`, from the shortest to the longest that the rules allow."""
+        memory, fits = self.memory, 0
+        for begin in begins:
+            if fits >= _ENOUGH or self.live_before(begin) >= 0.99 * self.peak:
+                return
+            try:
+                region = trace_region(memory.order[begin : end + 1], axis, needs_of=memory.needs_of)
+            except Blocked as blocked:
+                queue += finer_axes(axis, blocked)
+                if memory.place[blocked.node] <= self.at:
+                    return
+                continue
+            found = self.sized(region, begin, end)
+            if found is not None:
+                fits += found[1] <= self.budget
+                yield found
+
+    def estimate(self, region: Region, begin: int, end: int, count: int) -> tuple[Chosen, int]:
+        """A region in `count` chunks, its time left open, and the highest that its stretch then reaches."""
+        trial = Chosen(begin, end, region, count, body_peak(self.memory, region, count))
+        reached, _ = profile(self.memory, [trial], begin, end, self.live_before(begin)).peak()
+        return trial, reached
+
+    def sized(self, region: Region, begin: int, end: int) -> tuple[Chosen, int] | None:
+        """The fewest chunks that fit the budget, or the most that still lower the peak."""
+        last: tuple[Chosen, int] | None = None
+        for count in region.counts(_COUNTS):
+            trial, reached = self.estimate(region, begin, end, count)
+            if last is None or reached < last[1]:
+                last = (trial, reached)
+            if reached <= self.budget:
+                break
+        if last is None or last[1] >= 0.99 * self.peak:
+            return None
+        return replace(last[0], seconds=chunk_seconds(self.memory, region, last[0].count)), last[1]
+
+    def live_before(self, index: int) -> int:
+        """Bytes live before a call, or before the region that it is in; 0 behind the last."""
+        if index >= len(self.memory.order):
+            return 0
+        return self.before[self.taken[index] if index in self.taken else self.memory.order[index]]
+
+    def narrow_points(self, indices: Iterable[int], live: Callable[[int], int]) -> list[int]:
+        """Where least is live, once for each doubling of the distance, and the nearest few."""
+        points: list[int] = []
+        group: list[int] = []
+        limit = 1
+        for distance, index in enumerate(indices):
+            if distance >= limit:
+                points.append(min(group, key=live))
+                group, limit = [], limit * 2
+            group.append(index)
+        return [*points, min(group, key=live)] if group else points
