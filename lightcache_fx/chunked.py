@@ -225,6 +225,7 @@ def _build_body(
     held: dict[tuple[fx.Node, Axis | None], tuple[fx.Node, int]] = {}  # what the body has, and from which position on
     for (source, axis), (start, stop) in reads.items():
         node = graph.placeholder(source.name)
+        node.target = node.name  # an input read along two axes comes twice
         node.meta["lightcache_input"] = GraphInput("user", source.name, "latent")
         value = full_value(source)
         node.meta["lightcache_copied"] = axis is not None and axis.outer > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import fx, nn
 import lightcache_fx as lc
 from axis_rules.vaes import VAES
 from graphs import Captured, captured
+from lightcache_fx import program
 from lightcache_fx.axes import Axis
 from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, RegionError
@@ -239,6 +241,25 @@ def test_transform_keeps_a_budget() -> None:
     assert "250" not in str(plan.as_dict()["chunks"]["full"]["regions"])
     assert "chunks" in str(plan)
     assert torch.equal(transformed(sample), transformed(sample))
+
+
+def test_a_plan_that_was_too_hopeful_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget is held against the finished graph, not against the planner's estimate."""
+    goals: list[int | None] = []
+
+    def hopeful(graph: fx.Graph, request: Request) -> ChunkPlan:
+        goals.append(request.budget)
+        if len(goals) > 1:
+            return plan_program(graph, request)
+        return replace(plan_program(graph, Request(None)), peak_after=1, budget=250_000)
+
+    monkeypatch.setattr(program, "plan_program", hopeful)
+    transformed = lc.transform(FeedForward().eval(), Policy(chunk=Chunk(budget=250_000)))
+    transformed(torch.randn(4, 300, 16))
+    assert len(goals) > 1
+    assert goals[1] is not None
+    assert goals[1] < 250_000
+    assert lc.inspect(transformed).plan.chunks["full"].peak_after <= 250_000
 
 
 def test_chunks_and_cache_together() -> None:

@@ -60,6 +60,23 @@ def test_halos(count: int) -> None:
     assert len(region.bodies) <= 5  # first, second, inner, last but one, last
 
 
+def test_chunks_that_begin_between_the_rows_of_a_smaller_input() -> None:
+    """Chunks of three rows of a doubled image begin on a row of the image and between two rows in turn."""
+    given = captured(lambda sample: F.interpolate(sample, scale_factor=2.0).relu() + 1, torch.randn(1, 2, 7, 4))
+    names = [node.name for node in given.graph_module.graph.nodes if node.op == "call_function"]
+    planned = PlannedRegion(names[0], names[-1], Axis(2, 14), 5)
+    after, _ = given.apply(partial(chunk_regions, regions=[planned]))
+    assert torch.equal(given.run(after)[0], given.run()[0])
+
+
+def test_a_value_that_is_read_along_two_axes_is_computed_before() -> None:
+    given = captured(lambda sample: (wide := sample.abs() * 2) + wide.transpose(0, 1), torch.randn(6, 6))
+    after, _ = given.apply(partial(chunk_regions, regions=[PlannedRegion("abs_1", "add", Axis(0, 6), 3)]))
+    (region,) = [n.meta["lightcache_region"] for n in after.graph.nodes if n.op == "call_module"]
+    assert "abs" not in str(region.body(0).graph)
+    assert torch.equal(given.run(after)[0], given.run()[0])
+
+
 def test_nothing_to_do() -> None:
     _, result = feed_forward().apply(partial(chunk_regions, regions=[]))
     assert not result.modified
