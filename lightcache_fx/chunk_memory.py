@@ -256,15 +256,3 @@ def chunk_seconds(memory: Memory, region: Region, count: int) -> float:
         total += count * machine.seconds(memory.flops.get(node, 0) * share, moved) - memory.seconds[node]
     copies = 2 * sum(map(num_bytes, region.outputs)) + 2 * count * _copied_inputs(region, ranges)
     return total + copies / machine.bytes + count * len(region.outputs) * machine.launch
-
-
-def live_values(memory: Memory, chosen: Sequence[Chosen], item: fx.Node | Chosen) -> list[fx.Node]:
-    """The calls whose storages are live while an item runs, largest first; without the insides of regions."""
-    inner = {node: region for region in chosen for node in region.region.body if node not in region.region.outputs}
-    begin, end = (item.begin, item.end) if isinstance(item, Chosen) else (memory.place[item],) * 2
-    live = [
-        node
-        for node, size in memory.own.items()
-        if size and node not in inner and memory.place[node] <= end and memory.last_use[node] >= begin
-    ]
-    return sorted(live, key=lambda node: -memory.own[node])

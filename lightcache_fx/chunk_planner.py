@@ -7,6 +7,7 @@ large values are computed again for each of their readers.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -16,20 +17,18 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.axes import Axis
-from lightcache_fx.chunk_memory import Chosen, Memory, live_values, profile
+from lightcache_fx.chunk_memory import Chosen, Memory, profile
 from lightcache_fx.chunk_search import PlanBody, Search
 from lightcache_fx.explicit_regions import frame_by_frame, regions_of_module
 from lightcache_fx.graphs import copy_graph, tensors_of
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
 from lightcache_fx.passes.split_group_norm import group_norms
 from lightcache_fx.policy import Region
-from lightcache_fx.rematerialization import recomputable
+from lightcache_fx.rematerialization import recomputations
 
 log = logging.getLogger(__name__)
 
 _MAX_STEPS = 1000
-_RECOMPUTE_TRIES = 4
-_FLOOR_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class ChunkPlan:
         budget: what was asked for.
         split_norms: GroupNorms that are split into statistics and scale, because regions cut across them.
         recomputed: values that are computed once for each reader instead of being kept.
-        limit_live: the values live at that peak, largest first.
     """
 
     regions: tuple[PlannedRegion, ...]
@@ -75,7 +73,6 @@ class ChunkPlan:
     budget: int
     split_norms: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
-    limit_live: tuple[str, ...] = ()
 
     @property
     def chunking(self) -> Chunking:
@@ -99,41 +96,28 @@ def plan_program(graph: fx.Graph, request: Request) -> ChunkPlan:
     if plain.fits:
         return plain
 
-    def after(
-        split_norms: tuple[str, ...], recomputed: tuple[str, ...], request: Request = request
-    ) -> tuple[ChunkPlan, fx.Graph]:
-        prepared, _ = copy_graph(graph)
-        prepared.owning_module = graph.owning_module
-        Chunking(split_norms, recomputed).apply(prepared)
+    def after(recomputed: tuple[str, ...]) -> ChunkPlan:
+        prepared, _ = copy_graph(split)
+        Chunking(recomputed=recomputed).apply(prepared)
         plan = plan_chunks(prepared, request)
         added = plan.seconds_added + plan.seconds_before - plain.seconds_before
-        plan = replace(plan, split_norms=split_norms, recomputed=recomputed, peak_before=plain.peak_before)
-        return replace(plan, seconds_before=plain.seconds_before, seconds_added=added), prepared
+        return replace(
+            plan, split_norms=norms, recomputed=recomputed, peak_before=plain.peak_before,
+            seconds_before=plain.seconds_before, seconds_added=added,
+        )  # fmt: skip
 
-    best, prepared = plain, graph
     norms = tuple(group_norms(graph))
-    if norms:
-        found = after(norms, ())
-        if found[0].peak_after < plain.peak_after:
-            best, prepared = found
-    failed: set[str] = set()
-    while not best.fits and len(failed) < _RECOMPUTE_TRIES:
-        chain = recomputable(prepared, best.limit_live, failed)
-        if not chain:
+    split, _ = copy_graph(graph)
+    Chunking(split_norms=norms).apply(split)
+    best = plain
+    for names in itertools.chain(
+        [()] if norms else [], recomputations(Memory(split, cuda=request.cuda), request.budget)
+    ):
+        found = after(names)
+        log.debug("recomputing %d values: peak %d, was %d", len(names), found.peak_after, best.peak_after)
+        best = min(best, found, key=lambda plan: plan.peak_after)
+        if best.fits:
             break
-        found = after(best.split_norms, tuple(dict.fromkeys((*best.recomputed, *chain))))
-        log.debug("recomputing %s: peak %d, was %d", chain, found[0].peak_after, best.peak_after)
-        if found[0].peak_after < 0.995 * best.peak_after:
-            best, prepared = found
-        else:
-            failed.add(chain[0])
-    for _ in range(0 if request.nested or best.fits else _FLOOR_TRIES):
-        # The search for a budget out of reach takes what lowers most at once, which is not always what lowers most.
-        less = replace(request, budget=int(0.95 * best.peak_after))
-        lower, _ = after(best.split_norms, best.recomputed, less)
-        if lower.peak_after >= best.peak_after:
-            break
-        best = replace(lower, budget=best.budget)
     return best
 
 
@@ -171,7 +155,6 @@ def plan_chunks(graph: fx.Graph, request: Request) -> ChunkPlan:
         peak_before=before,
         peak_after=peak,
         limit_node=limit.name if limit is not None else "",
-        limit_live=tuple(node.name for node in live_values(memory, planner.chosen, item)) if item is not None else (),
         seconds_before=sum(memory.seconds.values()),
         seconds_added=sum(region.seconds for region in chosen),
         budget=budget,

@@ -6,6 +6,7 @@ The search is AutoChunk's (Zhao et al. 2024) with halos and factors of dimension
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from torch import fx
 from lightcache_fx.axes import Axis
 from lightcache_fx.chunk_memory import Chosen, Memory, body_peak, chunk_seconds, exact_body_peak, profile
 from lightcache_fx.chunked import build_region, copied_bytes
-from lightcache_fx.regions import Blocked, Region, axes_of, finer_axes, leaving, trace_region
+from lightcache_fx.regions import Blocked, Region, axes_of, finer_axes, leaving, ranges_of, row_axis, trace_region
 
 if TYPE_CHECKING:
     from lightcache_fx.chunk_planner import ChunkPlan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PlanBody = Callable[[fx.Graph, int], "ChunkPlan"]
 
 _COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+_NEAR = 3
 _NESTED_TRIES = 1
 _TRIES = 6
 _ENOUGH = 3
@@ -59,6 +61,42 @@ class Search:
 
     def best(self) -> Chosen | None:
         """The fastest region that fits the budget, else the one that lowers the peak most."""
+        passes = list(self.passes())
+        return self.best_pass(passes) if passes else self.best_of_all()
+
+    def passes(self) -> Iterator[tuple[int, int, Axis]]:
+        """Where values are computed again: stretches around the peak from what is kept to what is kept next."""
+        order = [None, *self.memory.order, None]
+        streamed = [node is not None and "lightcache_streamed" in node.meta for node in order]
+        begins = [i for i in range(self.at, -1, -1) if streamed[i + 1] and not streamed[i]]
+        ends = [i for i in range(self.at, len(order) - 2) if streamed[i] and not streamed[i + 1]]
+        if not (streamed[self.at] or streamed[self.at + 1]):
+            return
+        stretches = itertools.product(filter(self.may_begin, begins[:_NEAR]), filter(self.may_end, ends[:_NEAR]))
+        for begin, end in sorted(stretches, key=lambda pair: pair[1] - pair[0]):
+            axis = row_axis(leaving(self.memory.order[begin : end + 1])[-1])
+            if axis is not None:
+                yield begin, end, axis
+
+    def best_pass(self, passes: Iterable[tuple[int, int, Axis]]) -> Chosen | None:
+        """The shortest that fits the budget, else the one that lowers the peak most."""
+        found = []
+        for begin, end, axis in passes:
+            try:
+                region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
+            except Blocked:
+                continue
+            sized = self.sized(region, begin, end)
+            if sized is not None:
+                exact = self.fitted(begin, end, axis, sized[0].count)
+                if exact is not None:
+                    return exact
+                found.append(self.exactly(sized[0]))
+        lowering = [entry for entry in found if entry[1] < 0.99 * self.peak]
+        return min(lowering, key=lambda entry: entry[1])[0] if lowering else None
+
+    def best_of_all(self) -> Chosen | None:
+        """Of every stretch around the peak, along every axis."""
         found = list(self.candidates())
         fitting = sorted((c for c, reached in found if reached <= self.budget), key=lambda c: c.seconds)
         for candidate in fitting:
@@ -74,7 +112,7 @@ class Search:
     def nested(self, candidate: Chosen, reached: int) -> tuple[Chosen, int]:
         """A region whose chunks are too large by themselves, their bodies cut in turn to what is left of the budget."""
         beside = reached - candidate.body_peak
-        if self.plan_body is None or beside >= self.budget:
+        if self.plan_body is None or beside >= self.budget or not _one_by_one(candidate):
             return candidate, reached
         module = build_region(candidate.region, candidate.count, {})
         bodies, peak, added = [], 0, 0.0
@@ -190,3 +228,9 @@ class Search:
                 group, limit = [], limit * 2
             group.append(index)
         return [*points, min(group, key=live)] if group else points
+
+
+def _one_by_one(candidate: Chosen) -> bool:
+    """Whether each chunk is one position, of every value, so that nothing is computed twice: images, frames, heads."""
+    ranges = ranges_of(candidate.region, candidate.count // 2, candidate.count)
+    return all(stop - start == 1 for start, stop in ranges.values())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lightcache_fx.graphs import is_view, num_bytes, tensors_of
+from lightcache_fx.graphs import is_view, num_bytes, placeholders, tensors_of
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,16 @@ GPU_FLOAT = Machine(flops=5e13, bytes=2.5e12, launch=4e-6)
 
 
 def machine_of(graph: fx.Graph, *, cuda: bool) -> Machine:
-    """The machine that a graph is planned for; on a GPU by the dtype of most of its values."""
+    """The machine that a graph is planned for; on a GPU by the dtype of most bytes of its weights and inputs."""
     if not cuda:
         return CPU
-    tensors = [tensor for node in graph.nodes for tensor in tensors_of(node) if tensor.is_floating_point()]
-    half = sum(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) * 2 > len(tensors)
-    return GPU_HALF if half else GPU_FLOAT
+    total = half = 0
+    for node in placeholders(graph):
+        for tensor in tensors_of(node):
+            if tensor.is_floating_point():
+                total += tensor.nbytes
+                half += tensor.nbytes * (tensor.dtype in (torch.float16, torch.bfloat16))
+    return GPU_HALF if 2 * half > total else GPU_FLOAT
 
 
 def traffic(node: fx.Node) -> tuple[int, int]:

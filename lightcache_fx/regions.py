@@ -202,6 +202,18 @@ def axes_of(node: fx.Node) -> list[Axis]:
     return [Axis(dim, size) for dim, size in enumerate(tensors[0].shape) if isinstance(size, int) and size > 1]  # type: ignore[redundant-expr]
 
 
+def row_axis(node: fx.Node) -> Axis | None:
+    """The rows of an image or video, or the tokens of a sequence: the last dimension but one; None where there is none.
+
+    Of the moments of rows it is the first (`norm_stats`).
+    """
+    tensors = tensors_of(node)
+    if len({tuple(tensor.shape) for tensor in tensors}) != 1 or tensors[0].dim() < 3:
+        return None
+    dim = 0 if node.target is torch.ops.lightcache.row_moments.default else tensors[0].dim() - 2
+    return Axis(dim, tensors[0].shape[dim])
+
+
 def ranges_of(region: Region, index: int, count: int) -> dict[fx.Node, tuple[int, int]]:
     """For one chunk, the positions of each value of the body that must be computed, halos included."""
     ranges: dict[fx.Node, tuple[int, int]] = {}

@@ -1,69 +1,129 @@
-"""Which large value could be computed again for each reader instead of being kept (`passes/recompute_values`)."""
+"""Which large values are kept, and which are computed again for each of their readers (`passes/recompute_values`).
+
+A value that can be computed in strips need not exist as a whole: every reader can compute its strips again from what
+is kept. What is left of the memory is what is kept; what it costs is that a chain is computed once for each reader of
+each of its links. This is gradient checkpointing's trade (Chen et al. 2016) in inference, where GroupNorms, which need
+all of a value before any of the next, take the place of the backward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import fx
 
-from lightcache_fx.axes import Axis
 from lightcache_fx.axis_rules import CannotCut, needs_of
-from lightcache_fx.graphs import is_view, num_bytes, tensors_of
+from lightcache_fx.chunk_memory import Memory
+from lightcache_fx.graphs import num_bytes, output_node, storage_root
+from lightcache_fx.passes.recompute_values import links, passes_over
+from lightcache_fx.regions import row_axis
 
-_MAX_CHAIN = 12
+_SHARES = (0.95, 0.8, 0.6)
+"""Shares of the budget for what is kept; the rest is for strips."""
+_LARGE = 1 / 128
+"""Values below this share of the budget are kept."""
+_LEVELS = 2
+"""So many largest sizes of what is kept are tried."""
 
 
-def recomputable(graph: fx.Graph, live: Sequence[str], failed: Collection[str]) -> tuple[str, ...]:
-    """The largest live value that can be computed again for each reader, with the calls that must be repeated for it.
+def recomputations(memory: Memory, budget: int) -> Iterator[tuple[str, ...]]:
+    """Sets of values, by name, that are to be computed again, the cheapest first, for a graph that is not chunked yet.
 
-    Its inputs are there anyway as long as it is, or are at most half its size and are kept for longer, or are computed
-    again themselves.
+    The last is the one that keeps least, if the budget leaves no room for a cheaper one.
     """
-    by_name = {node.name: node for node in graph.nodes}
-    last_use = _last_readers(graph)
-    for name in live:
-        node = by_name.get(name)
-        if node is None or name in failed or len(node.users) < 2:
-            continue
-        chain = _chain(node, last_use)
-        if chain is not None:
-            return tuple(link.name for link in chain)
-    return ()
+    values = _Values.of(memory, int(_LARGE * budget))
+    sizes = sorted({values.sizes[root] for root in values.streamable}, reverse=True)
+    levels = [{root for root in values.streamable if values.sizes[root] > size} for size in (*sizes[1:], 0)]
+    found: list[frozenset[fx.Node]] = []
+    for share in _SHARES:
+        room = int(share * budget)
+        fitting = (level for level in levels if values.kept_peak(level) <= room)
+        refined = [values.keep_what_saves(level, room) for level in itertools.islice(fitting, _LEVELS)]
+        found += [frozenset(streamed) for streamed in sorted(refined, key=values.seconds)[:1]]
+    found.append(frozenset(values.streamable))
+    for streamed in dict.fromkeys(found):
+        if streamed:
+            yield tuple(node.name for node in memory.order if values.root[node] in streamed)
 
 
-def _last_readers(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The place of the last call that reads each value, or a view of it."""
-    places = {node: index for index, node in enumerate(graph.nodes)}
-    last: dict[fx.Node, int] = {}
-    for node in reversed(graph.nodes):
-        last[node] = max([places[node], *(places[user] for user in node.users)])
-        last[node] = max([last[node], *(last[user] for user in node.users if is_view(user))])
-    return last
+@dataclass
+class _Values:
+    """The graph as values that are kept or streamed; views count as their storage.
 
+    Attributes:
+        memory: of the graph.
+        root: for each call, the call that made its storage.
+        sizes: bytes of each root.
+        streamable: roots that are large and can be computed in strips, as all of their views can.
+    """
 
-def _chain(value: fx.Node, last_use: dict[fx.Node, int]) -> list[fx.Node] | None:
-    """What must be computed again to have a value again; None where that cannot be done in strips, or is long."""
-    size, until = num_bytes(value), last_use[value]
-    chain, stack = [value], [value]
-    while stack:
-        node = stack.pop()
-        if not _in_strips(node) or len(chain) > _MAX_CHAIN:
-            return None
-        for source in node.all_input_nodes:
-            kept = source.op == "placeholder" or last_use[source] >= until or num_bytes(source) <= size // 2
-            if not kept and source not in chain:
-                chain.append(source)
-                stack.append(source)
-    return chain
+    memory: Memory
+    root: dict[fx.Node, fx.Node]
+    sizes: dict[fx.Node, int]
+    streamable: set[fx.Node]
+
+    @classmethod
+    def of(cls, memory: Memory, least: int) -> _Values:
+        root = {node: storage_root(node) for node in memory.order}
+        sizes = {node: num_bytes(node) for node in memory.order if root[node] is node}
+        returned = {storage_root(node) for node in output_node(memory.graph).all_input_nodes}
+        streamable = {node for node, size in sizes.items() if size > least and node not in returned}
+        streamable -= {root[node] for node in memory.order if root[node] in streamable and not _in_strips(node)}
+        return cls(memory, root, sizes, streamable)
+
+    def kept_peak(self, streamed: set[fx.Node]) -> int:
+        """The most bytes that are kept at once: each as long as somebody reads it, or what is computed from it again."""
+        order, place = self.memory.order, self.memory.place
+        until = dict.fromkeys(self.sizes, -1)  # the last call for which a value is there
+
+        def read(source: fx.Node, at: int) -> None:
+            root = self.root.get(source)
+            if root in until:
+                until[root] = max(until[root], at)
+
+        for node in output_node(self.memory.graph).all_input_nodes:
+            read(node, len(order))
+        for node in reversed(order):
+            again = self.root[node] in streamed
+            for source in node.all_input_nodes:
+                read(source, until[self.root[node]] if again else place[node])
+        changes = [0] * (len(order) + 2)
+        for node, size in self.sizes.items():
+            if node not in streamed and until[node] >= 0:
+                changes[place[node]] += size
+                changes[until[node] + 1] -= size
+        return max(itertools.accumulate(changes))
+
+    def seconds(self, streamed: set[fx.Node]) -> float:
+        """Predicted time of all calls, each as often as it is made."""
+        calls = {node for node in self.memory.order if self.root[node] in streamed}
+        kept = sum(self.memory.seconds[node] for node in self.memory.order if node not in calls)
+        passes = passes_over(self.memory.graph, calls)
+        made = (set().union(*(links(reader, calls) for reader in readers)) for readers in passes)
+        return kept + sum(self.memory.seconds[node] for chain in made for node in chain)
+
+    def keep_what_saves(self, streamed: set[fx.Node], room: int) -> set[fx.Node]:
+        """Keep what saves most time as long as there is room."""
+        streamed = set(streamed)
+        while True:
+            now = self.seconds(streamed)
+            fitting = [root for root in streamed if self.kept_peak(streamed - {root}) <= room]
+            saved = {root: now - self.seconds(streamed - {root}) for root in fitting}
+            best = max(saved, key=lambda root: (saved[root], -self.memory.place[root]), default=None)
+            if best is None or saved[best] <= 0:
+                return streamed
+            streamed.remove(best)
 
 
 def _in_strips(node: fx.Node) -> bool:
-    """Whether a call can be computed in strips of its last dimension but one."""
-    tensors = tensors_of(node)
-    if len(tensors) != 1 or tensors[0].dim() < 3:
+    """Whether a call can be computed in strips of rows."""
+    axis = row_axis(node)
+    if axis is None:
         return False
     try:
-        needs_of(node, Axis(tensors[0].dim() - 2, tensors[0].shape[-2]))
+        needs_of(node, axis)
     except CannotCut:
         return False
     return True

@@ -1,17 +1,17 @@
-"""Rematerialisation: a value is computed once for each reader, so that no reader keeps it for the next."""
+"""Rematerialisation: a value is computed once for each pass over it, so that no pass keeps it for the next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import fx
 
-from lightcache_fx.graphs import output_node
+from lightcache_fx.graphs import ancestors, calls, num_bytes, output_node
 from lightcache_fx.passes.base import PassResult
 
 
 def recompute_values(graph: fx.Graph, *, names: Iterable[str]) -> PassResult:
-    """Give every reader but the first a copy of the call, right before it.
+    """Give every pass over the named values but the first copies of what it reads, made right before.
 
     Gradient checkpointing's trade (Chen et al. 2016), made in inference.
 
@@ -20,18 +20,82 @@ def recompute_values(graph: fx.Graph, *, names: Iterable[str]) -> PassResult:
         %n = aten.addcmul(%b, %x, %s)          ->     %x_1 = aten.conv2d(%u, %w)
                                                       %n = aten.addcmul(%b, %x_1, %s)
 
-    Tier: bitwise. Invariants: names are taken last first, so that a chain of calls is copied whole; what is returned
-    keeps its own value. Names that this graph does not have, or that one call reads, are passed over.
+    A pass is a run of readers of which none depends on another (`passes_over`). Tier: bitwise. Invariants: what is
+    returned keeps its own value; the calls and their copies stand right before what reads them first, and are marked
+    `lightcache_streamed`. Names that this graph does not have are passed over.
     """
     wanted = set(names)
-    copies = 0
-    for node in [n for n in reversed(graph.nodes) if n.name in wanted]:
-        places = {other: index for index, other in enumerate(graph.nodes)}
-        readers = sorted(node.users, key=lambda reader: -1 if reader is output_node(graph) else places[reader])
-        for reader in readers[1:]:
-            with graph.inserting_before(reader):
-                copy = graph.node_copy(node)
-            copy.meta = dict(node.meta)
-            reader.replace_input_with(node, copy)
-            copies += 1
-    return PassResult(graph, copies > 0, {"copies": copies})
+    returned = set(output_node(graph).all_input_nodes)
+    streamed = {node for node in calls(graph) if node.name in wanted and node not in returned}
+    chains = [{reader: links(reader, streamed) for reader in readers} for readers in passes_over(graph, streamed)]
+    copies = moves = 0
+    while chains:  # last pass first, so that what is copied still reads what it always did
+        last = chains.pop()
+        earlier = {node for chain in chains for part in chain.values() for node in part}
+        known: dict[fx.Node, fx.Node] = {}
+        for reader, chain in last.items():
+            new = [node for node in chain if node not in known]
+            moved = not _stand_before(reader, [node for node in new if node not in earlier])
+            for node in new:
+                if node in earlier:
+                    known[node] = _copy_before(reader, node, known)
+                    copies += 1
+                else:
+                    reader.prepend(node)
+                    moves += moved
+                    _read(node, known)
+                    known[node] = node
+                known[node].meta["lightcache_streamed"] = True
+            _read(reader, known)
+    return PassResult(graph, copies + moves > 0, {"copies": copies, "moves": moves})
+
+
+def passes_over(graph: fx.Graph, streamed: Collection[fx.Node]) -> list[list[fx.Node]]:
+    """The calls that read streamed values and are none, in order: those of one list can read the same strips.
+
+    None of a list depends on another of it, and no large value is made between them from something else.
+    """
+    large = min(map(num_bytes, streamed), default=0)
+    found: list[list[fx.Node]] = [[]]
+    after: set[fx.Node] = set()  # what depends on the readers of the last list
+    closed = False
+    for node in calls(graph):
+        depends = any(source in after for source in node.all_input_nodes)
+        if node in streamed or not any(source in streamed for source in node.all_input_nodes):
+            closed |= node not in streamed and num_bytes(node) >= large
+            if depends:
+                after.add(node)
+            continue
+        if (depends or closed) and found[-1]:
+            found.append([])
+            after.clear()
+        closed = False
+        found[-1].append(node)
+        after.add(node)
+    return found
+
+
+def links(reader: fx.Node, streamed: Collection[fx.Node]) -> list[fx.Node]:
+    """The streamed calls that a reader's inputs are made by, back to what is kept, in graph order."""
+    sources = [node for node in reader.all_input_nodes if node in streamed]
+    return sorted(ancestors(sources, stop=lambda node: node not in streamed))
+
+
+def _stand_before(reader: fx.Node, chain: list[fx.Node]) -> bool:
+    """Whether the calls of a chain stand right before a call already, in order."""
+    at = reader
+    return all((at := at.prev) is node for node in reversed(chain))
+
+
+def _copy_before(reader: fx.Node, node: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    with reader.graph.inserting_before(reader):
+        copy = reader.graph.node_copy(node, lambda source: known.get(source, source))
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def _read(node: fx.Node, known: dict[fx.Node, fx.Node]) -> None:
+    """Let a call read the copies of this pass."""
+    for source in node.all_input_nodes:
+        if known.get(source, source) is not source:
+            node.replace_input_with(source, known[source])
