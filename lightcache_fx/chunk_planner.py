@@ -110,9 +110,7 @@ def plan_program(graph: fx.Graph, request: Request) -> ChunkPlan:
     split, _ = copy_graph(graph)
     Chunking(split_norms=norms).apply(split)
     best = plain
-    for names in itertools.chain(
-        [()] if norms else [], recomputations(Memory(split, cuda=request.cuda), request.budget)
-    ):
+    for names in itertools.chain([()] if norms else [], recomputations(Memory(split, cuda=request.cuda), plain.budget)):
         found = after(names)
         log.debug("recomputing %d values: peak %d, was %d", len(names), found.peak_after, best.peak_after)
         best = min(best, found, key=lambda plan: plan.peak_after)

@@ -74,7 +74,7 @@ class _Values:
         return cls(memory, root, sizes, streamable)
 
     def kept_peak(self, streamed: set[fx.Node]) -> int:
-        """The most bytes that are kept at once: each as long as somebody reads it, or what is computed from it again."""
+        """The most bytes that are kept at once: each as long as it, or what is made from it again, is read."""
         order, place = self.memory.order, self.memory.place
         until = dict.fromkeys(self.sizes, -1)  # the last call for which a value is there
 

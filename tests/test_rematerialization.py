@@ -103,4 +103,4 @@ def test_what_is_made_again_is_paid_for() -> None:
 def test_a_kept_budget_is_left_alone() -> None:
     given = decoder()
     plan, _ = planned(given, timeline(given.graph_module.graph).peak_bytes)
-    assert not (plan.regions or plan.recomputed or plan.split_norms)
+    assert plan.chunking == Chunking()
