@@ -29,6 +29,8 @@ from lightcache_fx.rematerialization import recomputations
 log = logging.getLogger(__name__)
 
 _MAX_STEPS = 1000
+_OUT_OF_REACH = 0.25
+"""Of the least that was reached: the budget of one more search, for the least that can be reached."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,18 @@ class ChunkPlan:
 
 
 def plan_program(graph: fx.Graph, request: Request) -> ChunkPlan:
-    """As `plan_chunks`; where the budget cannot be kept so, GroupNorms are split, and large values computed again."""
+    """As `plan_chunks`; where the budget cannot be kept so, GroupNorms are split, and large values computed again.
+
+    Where that is not enough, the plan is the one that takes least, found with a budget that nothing keeps.
+    """
+    plan = _plan_in_stages(graph, request)
+    if plan.fits or request.nested:
+        return plan
+    least = _plan_in_stages(graph, replace(request, budget=int(_OUT_OF_REACH * plan.peak_after)))
+    return min(plan, replace(least, budget=plan.budget), key=lambda plan: plan.peak_after)
+
+
+def _plan_in_stages(graph: fx.Graph, request: Request) -> ChunkPlan:
     plain = plan_chunks(graph, request)
     if plain.fits:
         return plain
