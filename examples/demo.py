@@ -131,10 +131,11 @@ def load(folder: Path) -> StableVideoDiffusionPipeline:
     return pipe
 
 
-def read_policy(path: Path | None, interval: int, branch: int) -> lc.Policy:
-    """Read the policy file, or make DeepCache's policy where none is given."""
+def read_policy(path: Path | None, interval: int, branch: int, decode_budget: str) -> lc.Policy:
+    """Read the policy file, or make DeepCache's policy, with a decoder cut to a budget, where none is given."""
     if path is None:
-        return lc.Policy.deepcache(interval=interval, branch=branch)
+        cache = lc.Policy.deepcache(interval=interval, branch=branch).cache
+        return lc.Policy(cache=cache, decode=lc.Decode(budget=decode_budget) if decode_budget != "100%" else None)
     if not path.is_file():
         raise DemoError(f"no policy file {path}")
     return lc.Policy.from_yaml(path)
@@ -152,6 +153,9 @@ def compare(
     for number in range(1, repeats + 1):
         plain_frames = plain.time(f"run {number} of {repeats}")
         fast_frames = fast.time(f"run {number} of {repeats}")
+    whole = StableVideoDiffusionPipeline(**{**fast.pipe.components, "vae": pipe.vae})
+    whole.set_progress_bar_config(disable=True)
+    decoded_whole = Stopwatch("accelerated", whole, request, ticker).run("decoding as it was")
     holding = Holding()
     before = lc.inspect(fast.pipe.unet).counts
     plain_variant = plain.variant(plain_frames)
@@ -172,6 +176,7 @@ def compare(
             num_hoisted=len(hoist.values),
             capture_seconds=max(0.0, first.step_seconds[0] - warm_step),
             planned_flop_bound=report.plan.flop_bound_speedup(request.steps),
+            decode_difference=float(np.abs(fast_frames - decoded_whole).max()),
         ),
         quality=Quality.of(plain_frames, fast_frames),
         settings={
@@ -194,6 +199,7 @@ class Options:
     model: Path
     interval: int
     branch: int
+    decode_budget: str
     steps: int
     seed: int
     clip: int
@@ -210,7 +216,7 @@ def run(options: Options, console: Console) -> Comparison:
     for name in ("steps", "repeats"):
         if getattr(options, name) < 1:
             raise DemoError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    policy = read_policy(options.policy, options.interval, options.branch)
+    policy = read_policy(options.policy, options.interval, options.branch, options.decode_budget)
     pipe = load(options.model)
     options.out.mkdir(parents=True, exist_ok=True)
     clip = heldout_clip(options.clip)
@@ -229,16 +235,19 @@ def main(
     model: Annotated[Path, typer.Option(help="Pipeline folder.")] = MODEL_FOLDER,
     interval: Annotated[int, typer.Option(help="One step in so many is full.")] = 3,
     branch: Annotated[int, typer.Option(help="DeepCache's branch: the skip connection to cut at.")] = 0,
+    decode_budget: Annotated[
+        str, typer.Option(help="Memory for decoding: bytes, or a share of what it takes as it is; 100% leaves it so.")
+    ] = "60%",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     seed: Annotated[int, typer.Option(help="Decides all noise.")] = 0,
     clip: Annotated[int, typer.Option(help="Which held-out clip gives the first frame.")] = 0,
     repeats: Annotated[int, typer.Option(help="Timed runs of each pipeline; medians are shown.")] = 3,
-    policy: Annotated[Path | None, typer.Option(help="YAML policy, instead of --interval and --branch.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML policy, instead of --interval, --branch and --decode-budget.")] = None,
 ) -> None:
     """Make one video, plain and accelerated, and compare them."""
     try:
         comparison = run(
-            Options(out, model, interval, branch, steps, seed, clip, repeats, policy), Console(stderr=True)
+            Options(out, model, interval, branch, decode_budget, steps, seed, clip, repeats, policy), Console(stderr=True)
         )
     except (DemoError, lc.errors.LightcacheError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)

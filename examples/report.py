@@ -47,7 +47,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Caching:
-    """What the accelerated pipeline did: `kept_bytes` and `hoisted_bytes` the most that was held between steps."""
+    """What the accelerated pipeline did: `kept_bytes` and `hoisted_bytes` the most that was held between steps.
+
+    `decode_difference` is the largest between its frames and those that the plain decoder makes of the same latents.
+    """
 
     cut: str | None
     num_full: int
@@ -58,6 +61,7 @@ class Caching:
     num_hoisted: int
     capture_seconds: float
     planned_flop_bound: float
+    decode_difference: float
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class Comparison:
                 "hoisted_bytes": caching.hoisted_bytes,
                 "hoisted_values": caching.num_hoisted,
             },
+            "decode_difference": caching.decode_difference,
             "steps": {"full": caching.num_full, "reuse": caching.num_reuse},
             "quality": {
                 "psnr_db": quality.psnr_db,
@@ -211,6 +216,7 @@ def _caching_rows(comparison: Comparison) -> tuple[tuple[str, ...], ...]:
         ("PSNR (frames in 0..1)", psnr),
         ("SSIM (frames in 0..1)", f"{quality.ssim:.4f}"),
         ("largest pixel difference", f"{quality.max_difference:.4f}"),
+        ("of which by decoding in chunks", f"{caching.decode_difference:.1e}"),
     )
 
 

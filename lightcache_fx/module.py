@@ -124,9 +124,12 @@ def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
             f" helpers do that); remove these hooks first, and enable them on the transformed module"
         )
     methods = _AUTOENCODER_METHODS if is_autoencoder(module) else ("forward",)
-    applied = policy.of_autoencoder() if is_autoencoder(module) else policy
-    runtimes = {method: Runtime(module, applied, method) for method in methods}
+    runtimes = {method: Runtime(module, _policy_for(module, policy, method), method) for method in methods}
     return second_view(module, _module_mixin(type(module), methods), _Added(module, policy, runtimes))
+
+
+def _policy_for(module: nn.Module, policy: Policy, method: str) -> Policy:
+    return policy.of_autoencoder(method) if is_autoencoder(module) else policy
 
 
 def is_autoencoder(module: nn.Module) -> bool:
@@ -249,7 +252,7 @@ def plan(
         raise ArgumentError(f"plan: {type(module).__name__} has no method {method!r}; leave it out for the main one")
     if method is None:
         method = "decode" if is_autoencoder(module) else "forward"
-    policy = policy.of_autoencoder() if is_autoencoder(module) else policy
+    policy = _policy_for(module, policy, method)
     reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
     captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)

@@ -37,6 +37,23 @@ def parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), pydantic.Field(gt=0)]
+
+
+def _read_budget(value: object) -> object:
+    """Bytes, or `"60%"` as it stands."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", value) if isinstance(value, str) else None
+    if match is None:
+        value = parse_bytes(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"expected bytes such as '1.5GiB', or a share of today's peak such as '60%', got {value!r}")
+        return value
+    if not 0 < float(match[1]) <= 100:
+        raise ValueError(f"expected a share of today's peak above 0% and up to 100%, got {value!r}")
+    return f"{match[1]}%"
+
+
+Budget = Annotated[int | str, pydantic.BeforeValidator(_read_budget)]
+"""Bytes, or a share of what is taken where nothing is cut."""
 StepIndex = Annotated[int, pydantic.Field(ge=0)]
 
 
@@ -163,11 +180,11 @@ class Chunk(_Settings):
 
     Attributes:
         budget: the most bytes that the activations of one program may take: everything that a step allocates, without
-            weights, the call's inputs and what is kept between steps.
+            weights, the call's inputs and what is kept between steps. `"60%"` is a share of what it takes unchunked.
         regions: explicit regions, applied before the budget is looked at.
     """
 
-    budget: Bytes | None = None
+    budget: Budget | None = None
     regions: list[Region] = pydantic.Field(default_factory=list)
 
     @pydantic.field_validator("regions", mode="before")
@@ -178,7 +195,7 @@ class Chunk(_Settings):
     @pydantic.model_validator(mode="after")
     def _something(self) -> Self:
         if self.budget is None and not self.regions:
-            raise ValueError("expected a budget in bytes, such as '1.5GiB', or regions; got neither")
+            raise ValueError("expected a budget such as '1.5GiB' or '60%', or regions; got neither")
         return self
 
 
@@ -188,11 +205,12 @@ class Decode(_Settings):
     Attributes:
         frames: so many images or frames at a time, where they do not depend on each other; the default when no budget
             is given is 1. Autoencoders whose frames do are refused; give a budget, which cuts space instead.
-        budget: the most bytes that activations may take; slices are chosen, of frames or strips of space, to keep it.
+        budget: the most bytes that activations may take; slices are chosen, of frames or strips of space, to keep it. A
+            share (`"60%"`) is one of what decoding takes unsliced, and leaves encoding, which takes less, as it is.
     """
 
     frames: Annotated[int, pydantic.Field(ge=1)] | None = None
-    budget: Bytes | None = None
+    budget: Budget | None = None
 
 
 S = TypeVar("S", bound=_Settings)
@@ -255,11 +273,13 @@ class Policy(_Settings):
             return None
         return 1 if self.decode.frames is None and self.decode.budget is None else self.decode.frames
 
-    def of_autoencoder(self) -> Policy:
-        """What of this policy applies to an autoencoder: nothing that is about denoising steps."""
+    def of_autoencoder(self, method: str) -> Policy:
+        """What of this policy applies to a method of an autoencoder: nothing that is about denoising steps."""
         chunk = self.chunk
         if self.decode is not None:
-            chunk = Chunk(budget=self.decode.budget) if self.decode.budget is not None else None
+            asked = self.decode.budget
+            applies = isinstance(asked, int) or (isinstance(asked, str) and method == "decode")
+            chunk = Chunk(budget=asked) if applies else None
         return self.model_copy(update={"cache": None, "hoist": False, "rates": {}, "chunk": chunk})
 
     @classmethod

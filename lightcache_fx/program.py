@@ -88,20 +88,21 @@ def with_chunks(capture: Capture, plan: Plan, *, cuda: bool | None = None) -> Pl
     chunks = {}
     for name, graph in _whole_graphs(capture, plan).items():
         regions = explicit if name != "prologue" else []
-        chunks[name] = _plan_exactly(capture, graph, Request(_budget(plan, name), regions, frames, cuda))
+        whole = fx.GraphModule(_modules(capture, graph), graph)
+        request = Request(_budget(plan, name, whole.graph, cuda), regions, frames, cuda)
+        chunks[name] = _plan_exactly(capture, whole, request)
         if not chunks[name].fits:
             raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
     return replace(plan, chunks=chunks)
 
 
-def _plan_exactly(capture: Capture, graph: fx.Graph, request: Request) -> ChunkPlan:
+def _plan_exactly(capture: Capture, whole: fx.GraphModule, request: Request) -> ChunkPlan:
     """A chunk plan whose peak is that of the finished graph's own timeline, planned again where that is too high."""
-    whole = fx.GraphModule(_modules(capture, graph), graph)
     budget = goal = request.budget
     for _ in range(_PLAN_TRIES):
         chunk = plan_program(whole.graph, replace(request, budget=goal))
         estimate = chunk.peak_after
-        finished, _ = copy_graph(graph)
+        finished, _ = copy_graph(whole.graph)
         chunk.chunking.apply(finished)
         built = fx.GraphModule(_modules(capture, finished), finished)
         exact = timeline(built.graph, cuda=request.cuda).peak_bytes
@@ -113,9 +114,11 @@ def _plan_exactly(capture: Capture, graph: fx.Graph, request: Request) -> ChunkP
     return chunk
 
 
-def _budget(plan: Plan, name: str) -> int | None:
+def _budget(plan: Plan, name: str, graph: fx.Graph, cuda: bool | None) -> int | None:
     """Bytes for the activations of a program."""
     asked = plan.policy.chunk.budget if plan.policy.chunk is not None else None
+    if isinstance(asked, str):
+        asked = int(float(asked.removesuffix("%")) / 100 * timeline(graph, cuda=cuda).peak_bytes)
     if plan.policy.memory_budget is None:
         return asked
     held = plan.weight_bytes + plan.hoist.num_bytes + (plan.kept_bytes if name == "reuse" else 0)

@@ -8,7 +8,9 @@ all of a value before any of the next, take the place of the backward pass.
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +26,7 @@ _SHARES = (0.95, 0.8, 0.6)
 """Shares of the budget for what is kept; the rest is for strips."""
 _LARGE = 1 / 128
 """Values below this share of the budget are kept."""
+_NEARLY = 1.02
 _LEVELS = 2
 """So many largest sizes of what is kept are tried."""
 
@@ -42,7 +45,8 @@ def recomputations(memory: Memory, budget: int) -> Iterator[tuple[str, ...]]:
         fitting = (level for level in levels if values.kept_peak(level) <= room)
         refined = [values.keep_what_saves(level, room) for level in itertools.islice(fitting, _LEVELS)]
         found += [frozenset(streamed) for streamed in sorted(refined, key=values.seconds)[:1]]
-    found.append(frozenset(values.streamable))
+    least = values.kept_peak(values.streamable)
+    found.append(next((frozenset(level) for level in levels if values.kept_peak(level) <= _NEARLY * least), frozenset()))
     for streamed in dict.fromkeys(found):
         if streamed:
             yield tuple(node.name for node in memory.order if values.root[node] in streamed)
@@ -105,16 +109,22 @@ class _Values:
         return kept + sum(self.memory.seconds[node] for chain in made for node in chain)
 
     def keep_what_saves(self, streamed: set[fx.Node], room: int) -> set[fx.Node]:
-        """Keep what saves most time as long as there is room."""
+        """Keep what saves most time as long as there is room (greedily, what saved little before is asked last)."""
         streamed = set(streamed)
-        while True:
-            now = self.seconds(streamed)
-            fitting = [root for root in streamed if self.kept_peak(streamed - {root}) <= room]
-            saved = {root: now - self.seconds(streamed - {root}) for root in fitting}
-            best = max(saved, key=lambda root: (saved[root], -self.memory.place[root]), default=None)
-            if best is None or saved[best] <= 0:
-                return streamed
-            streamed.remove(best)
+        now = self.seconds(streamed)
+        place = self.memory.place
+        queue = [(-math.inf, -place[root], root) for root in streamed]
+        while queue:
+            _, order, root = heapq.heappop(queue)
+            if self.kept_peak(streamed - {root}) > room:
+                continue
+            saved = now - self.seconds(streamed - {root})
+            if queue and -saved > queue[0][0]:
+                heapq.heappush(queue, (-saved, order, root))
+            elif saved > 0:
+                streamed.remove(root)
+                now -= saved
+        return streamed
 
 
 def _in_strips(node: fx.Node) -> bool:
