@@ -242,13 +242,12 @@ def main(
     seed: Annotated[int, typer.Option(help="Decides all noise.")] = 0,
     clip: Annotated[int, typer.Option(help="Which held-out clip gives the first frame.")] = 0,
     repeats: Annotated[int, typer.Option(help="Timed runs of each pipeline; medians are shown.")] = 3,
-    policy: Annotated[Path | None, typer.Option(help="YAML policy, instead of --interval, --branch and --decode-budget.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML policy, instead of interval, branch and budget.")] = None,
 ) -> None:
     """Make one video, plain and accelerated, and compare them."""
     try:
-        comparison = run(
-            Options(out, model, interval, branch, decode_budget, steps, seed, clip, repeats, policy), Console(stderr=True)
-        )
+        options = Options(out, model, interval, branch, decode_budget, steps, seed, clip, repeats, policy)
+        comparison = run(options, Console(stderr=True))
     except (DemoError, lc.errors.LightcacheError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -1,16 +1,18 @@
 """Watching one generation stage by stage: encode, denoise, decode; without changing pipeline or models.
 
-Stages are told apart by what diffusers offers for it: a forward hook on the autoencoder's encoder, which is the last
-work before the loop, and the pipeline's own callback after each denoising step.
+Stages are told apart by what the pipeline does: it sets the scheduler's timesteps when everything is encoded, and calls
+back after each denoising step.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import numpy as np
 import torch
@@ -61,10 +63,16 @@ def generate(pipe: StableVideoDiffusionPipeline, request: Request, observers: Se
             begin("decode")
         return {}
 
-    hook = pipe.vae.encoder.register_forward_hook(lambda *_: begin("denoise"))
+    set_timesteps = pipe.scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def steps_are_set(*args: Any, **kwargs: Any) -> None:
+        begin("denoise")
+        set_timesteps(*args, **kwargs)
+
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     begin("encode")
-    try:
+    with mock.patch.object(pipe.scheduler, "set_timesteps", steps_are_set):
         frames = pipe(
             request.image,
             height=size,
@@ -76,8 +84,6 @@ def generate(pipe: StableVideoDiffusionPipeline, request: Request, observers: Se
             output_type="np",
             callback_on_step_end=step_ended,
         ).frames[0]
-    finally:
-        hook.remove()
     begin("done")
     return np.asarray(frames, dtype=np.float32)
 

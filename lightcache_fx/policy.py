@@ -45,10 +45,10 @@ def _read_budget(value: object) -> object:
     if match is None:
         value = parse_bytes(value)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"expected bytes such as '1.5GiB', or a share of today's peak such as '60%', got {value!r}")
+            raise ValueError(f"expected bytes such as '1.5GiB', or a share of the peak such as '60%', got {value!r}")
         return value
     if not 0 < float(match[1]) <= 100:
-        raise ValueError(f"expected a share of today's peak above 0% and up to 100%, got {value!r}")
+        raise ValueError(f"expected a share of the peak above 0% and up to 100%, got {value!r}")
     return f"{match[1]}%"
 
 

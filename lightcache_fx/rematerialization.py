@@ -46,7 +46,7 @@ def recomputations(memory: Memory, budget: int) -> Iterator[tuple[str, ...]]:
         refined = [values.keep_what_saves(level, room) for level in itertools.islice(fitting, _LEVELS)]
         found += [frozenset(streamed) for streamed in sorted(refined, key=values.seconds)[:1]]
     least = values.kept_peak(values.streamable)
-    found.append(next((frozenset(level) for level in levels if values.kept_peak(level) <= _NEARLY * least), frozenset()))
+    found += [frozenset(level) for level in levels if values.kept_peak(level) <= _NEARLY * least][:1]
     for streamed in dict.fromkeys(found):
         if streamed:
             yield tuple(node.name for node in memory.order if values.root[node] in streamed)

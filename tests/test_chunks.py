@@ -243,6 +243,24 @@ def test_transform_keeps_a_budget() -> None:
     assert torch.equal(transformed(sample), transformed(sample))
 
 
+def test_a_budget_is_a_share_of_what_the_program_takes() -> None:
+    module, sample = FeedForward().eval(), torch.randn(4, 300, 16)
+    peak = lc.plan(module, (sample,), policy=Policy(chunk=Chunk(budget="100%"))).chunks["full"].peak_before
+    chunk = lc.plan(module, (sample,), policy=Policy(chunk=Chunk(budget="40%"))).chunks["full"]
+    assert (chunk.peak_before, chunk.budget) == (peak, int(0.4 * peak))
+    assert chunk.peak_after <= chunk.budget
+    assert chunk.regions
+
+
+def test_a_share_for_decoding_leaves_encoding_whole() -> None:
+    vae = VAES["kl"].build()
+    policy = Policy(decode=Decode(budget="70%"))
+    encode = lc.plan(vae, (torch.randn(VAES["kl"].video),), policy=policy, method="encode")
+    decode = lc.plan(vae, (torch.randn(VAES["kl"].latent),), policy=policy, method="decode")
+    assert not encode.chunks
+    assert decode.chunks["full"].regions
+
+
 def test_a_plan_that_was_too_hopeful_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget is held against the finished graph, not against the planner's estimate."""
     goals: list[int | None] = []

@@ -133,6 +133,13 @@ def test_the_steps_and_what_they_keep(report: Any) -> None:
     assert set(report["peak_bytes"]["plain"]) == set(STAGES)
 
 
+def test_decoding_takes_less_and_makes_the_same_frames(report: Any) -> None:
+    peaks = report["peak_bytes"]
+    assert peaks["accelerated"]["decode"] < 0.75 * peaks["plain"]["decode"]
+    assert peaks["accelerated"]["encode"] == peaks["plain"]["encode"]
+    assert report["decode_difference"] <= 1e-5
+
+
 def test_quality_is_that_of_the_saved_frames(report: Any, frames: dict[str, np.ndarray]) -> None:
     quality = report["quality"]
     plain, accelerated = frames["plain"], frames["accelerated"]

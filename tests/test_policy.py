@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightcache_fx import Auto, Cache, Policy, Residual
+from lightcache_fx import Auto, Cache, Chunk, Decode, Policy, Residual
 from lightcache_fx.errors import LightcacheError, PolicyError
 
 CACHE_KEYS = "cut, interval, steps, mask, first, last, num_steps"
@@ -49,9 +49,12 @@ caches = st.builds(
     lambda cut, schedule, first, last: Cache(cut=cut, **schedule, first=first, last=last),
     cuts, schedules, st.integers(1, 4), st.integers(0, 4),
 )  # fmt: skip
+budgets = num_bytes | st.integers(1, 100).map(lambda percent: f"{percent}%") | st.sampled_from(["0.5%", "62.5%"])
 policies = st.builds(
     Policy,
     cache=st.none() | caches,
+    chunk=st.none() | st.builds(Chunk, budget=budgets),
+    decode=st.none() | st.builds(Decode, frames=st.none() | st.integers(1, 9), budget=st.none() | budgets),
     hoist=st.booleans(),
     max_hoisted_bytes=st.none() | num_bytes,
     rates=st.dictionaries(st.text(max_size=10), st.sampled_from(["const", "run", "step", "latent"]), max_size=3),
@@ -321,3 +324,20 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("cache: {cut: 0, intervall: 3}\n", encoding="utf-8")
     assert "mine.yaml" in _message(lambda: Policy.from_yaml(file))
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ("0%", "a share of the peak above 0% and up to 100%, got '0%'"),
+        ("120 %", "a share of the peak above 0% and up to 100%, got '120 %'"),
+        ("x%", f"{BYTES}, got 'x%'"),
+        (0.6, "bytes such as '1.5GiB', or a share of the peak such as '60%', got 0.6"),
+        (True, "bytes such as '1.5GiB', or a share of the peak such as '60%', got True"),
+        (0, "bytes such as '1.5GiB', or a share of the peak such as '60%', got 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Chunk, Decode])
+def test_budgets_that_are_none(kind: type[Chunk | Decode], budget: object, expected: str) -> None:
+    message = _message(lambda: kind(budget=budget))  # type: ignore[arg-type]
+    assert message == f"{kind.__name__}: budget: expected {expected.removeprefix('expected ')}"

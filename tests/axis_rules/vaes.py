@@ -48,12 +48,13 @@ class Vae:
     options: dict[str, Any] = field(default_factory=dict)
 
     def decoder(self) -> nn.Module:
-        return Decode(self._build(), self.options).eval()
+        return Decode(self.build(), self.options).eval()
 
     def encoder(self) -> nn.Module:
-        return Encode(self._build()).eval()
+        return Encode(self.build()).eval()
 
-    def _build(self) -> nn.Module:
+    def build(self) -> nn.Module:
+        """The autoencoder itself."""
         torch.manual_seed(0)
         return self.model_class(**self.config).eval().requires_grad_(False)
 
