@@ -5,7 +5,7 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 """
 
 from lightcache_fx import errors
-from lightcache_fx.module import Report, inspect, plan, reset, transform
+from lightcache_fx.module import Report, decode_frames, inspect, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Auto, Cache, Chunk, Decode, Policy, Region, Residual
@@ -25,6 +25,7 @@ __all__ = [
     "Report",
     "Residual",
     "branch_name",
+    "decode_frames",
     "diff",
     "errors",
     "format_graph",

@@ -8,14 +8,18 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import CallReader
 from lightcache_fx.capture import capture
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, TransformError
+from lightcache_fx.frames import calls_for_slices, decode_apart
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import Program, with_chunks
@@ -152,7 +156,11 @@ def _module_mixin(cls: type[nn.Module], methods: Sequence[str]) -> type[Transfor
     def by_programs(name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(cls, name))
         def method(self: TransformedModule, *args: Any, **kwargs: Any) -> Any:
-            return self._lightcache.runtimes[name](args, kwargs)
+            added = self._lightcache
+            decode = added.policy.decode
+            if name == "decode" and decode is not None and decode.approximate:
+                return decode_apart(added.runtime, calls_for_slices(added.original, args, kwargs, decode.frames or 1))
+            return added.runtimes[name](args, kwargs)
 
         return method
 
@@ -206,6 +214,40 @@ def inspect(module: nn.Module, method: str | None = None) -> Report:
         hoisted_bytes=runtime.hoisted_bytes(),
         route=latest.capture.route,
     )
+
+
+def decode_frames(vae: nn.Module, *args: Any, **kwargs: Any) -> Iterator[torch.Tensor]:
+    """Decode a few frames at a time and hand each part out as it is done, so that the video is never held whole.
+
+        vae = transform(vae, Policy(decode=Decode(frames=1)))
+        for part in decode_frames(vae, latents / vae.config.scaling_factor):
+            video.append(part.cpu())
+
+    Args:
+        vae: a transformed autoencoder; its policy's `Decode` says how many frames a part has.
+        args: as for its `decode`; the latents are (frames, channels, height, width).
+        kwargs: as for its `decode`.
+
+    Returns:
+        an iterator over (at most `frames`, channels, height, width), in order.
+
+    Raises:
+        ArgumentError: `vae` is not transformed so, or the latents have another shape.
+        RegionError: frames depend on each other, and the policy does not say `approximate`.
+    """
+    policy = vae._lightcache.policy.decode if isinstance(vae, TransformedModule) else None
+    if not isinstance(vae, TransformedModule) or policy is None or policy.budget is not None:
+        raise ArgumentError(
+            f"decode_frames: expected an autoencoder that was transformed with Policy(decode=Decode(frames=...)), got"
+            f" {type(vae).__name__}" + (f" with {policy!r}" if policy is not None else "")
+        )
+    added, frames = vae._lightcache, policy.frames or 1
+    calls = partial(calls_for_slices, added.original, args, kwargs)
+    if not policy.approximate:
+        two_slices = next(calls(2 * frames))  # planning them refuses frames that depend on each other
+        added.runtime.compile(added.runtime.reader.read(*two_slices))
+    parts = (added.runtime(*call) for call in calls(frames))
+    return (next(leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)) for part in parts)
 
 
 def reset(module: nn.Module) -> None:

@@ -122,6 +122,7 @@ def _chunk_facts(chunk: ChunkPlan) -> dict[str, Any]:
         "overhead": chunk.overhead,
         "limit_node": chunk.limit_node,
         "split_norms": len(chunk.split_norms),
+        "recomputed": len(chunk.recomputed),
         "regions": [f"{r.first} .. {r.last}: {r.axis} in {r.count} chunks" for r in chunk.regions],
     }
 
@@ -195,6 +196,8 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
         )
     if choice is not None and choice.reuse_flops >= step.total_flops():
         notes.append(f"cut {choice.label} saves no FLOPs")
+    if policy.decode is not None and policy.decode.approximate and capture.layout.method == "decode":
+        notes.append("approximate: frames of different slices are decoded as if they were of different videos")
     return Plan(
         model=type(module).__name__,
         policy=policy,

@@ -200,17 +200,26 @@ class Chunk(_Settings):
 
 
 class Decode(_Settings):
-    """How an autoencoder decodes (and encodes): as a loop over slices, exact in all cases.
+    """How an autoencoder decodes (and encodes): as a loop over slices, exact unless asked otherwise.
 
     Attributes:
         frames: so many images or frames at a time, where they do not depend on each other; the default when no budget
             is given is 1. Autoencoders whose frames do are refused; give a budget, which cuts space instead.
         budget: the most bytes that activations may take; slices are chosen, of frames or strips of space, to keep it. A
             share (`"60%"`) is one of what decoding takes unsliced, and leaves encoding, which takes less, as it is.
+        approximate: decode `frames` at a time even where they depend on each other, as if each slice were a video of
+            its own. Not exact: motion may flicker where slices meet. This is what the LightCache paper calls slicing.
     """
 
     frames: Annotated[int, pydantic.Field(ge=1)] | None = None
     budget: Budget | None = None
+    approximate: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _either(self) -> Self:
+        if self.approximate and self.budget is not None:
+            raise ValueError("approximate=True decodes so many frames at a time; give frames, not a budget")
+        return self
 
 
 S = TypeVar("S", bound=_Settings)
@@ -269,7 +278,7 @@ class Policy(_Settings):
 
     def frames_at_a_time(self) -> int | None:
         """How many frames an autoencoder takes at a time; None where a budget, or nothing, decides."""
-        if self.decode is None:
+        if self.decode is None or self.decode.approximate:
             return None
         return 1 if self.decode.frames is None and self.decode.budget is None else self.decode.frames
 
