@@ -220,4 +220,4 @@ def _type_of(node: fx.Node) -> Hashable:
 
 
 def _tensor_type(tensor: torch.Tensor) -> Hashable:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return str(tensor.shape), str(tensor.stride()), tensor.dtype  # sizes may be symbolic

@@ -162,10 +162,16 @@ def build_region(region: Region, count: int, flops_of: dict[fx.Node, int]) -> Ch
         chunks.append(Chunk(bodies[key][0], slices, writes))
     outputs = tuple(
         Allocation(tuple(value.shape), value.stride(), value.dtype, value.device)
-        for value in map(full_value, region.outputs)
+        for value in map(allocated, region.outputs)
     )
     label = f"{region.axis} in {count} chunks"
     return ChunkedRegion([body for _, body in bodies.values()], tuple(chunks), outputs, label=label, flops=int(flops))
+
+
+def allocated(node: fx.Node) -> torch.Tensor:
+    """A fake tensor laid out as a region allocates an output: in the same order of dimensions, without gaps."""
+    with torch.no_grad():
+        return torch.empty_like(full_value(node))
 
 
 _Reads = dict[tuple[fx.Node, Axis | None], tuple[int, int]]

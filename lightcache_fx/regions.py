@@ -197,9 +197,14 @@ def finer_axes(seed: Axis, blocked: Blocked) -> list[Axis]:
 def axes_of(node: fx.Node) -> list[Axis]:
     """Every whole dimension of a value that has more than one position, outermost first."""
     tensors = tensors_of(node)
-    if len({tuple(tensor.shape) for tensor in tensors}) != 1:
+    if not _alike(tensors):
         return []
     return [Axis(dim, size) for dim, size in enumerate(tensors[0].shape) if isinstance(size, int) and size > 1]  # type: ignore[redundant-expr]
+
+
+def _alike(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether there are tensors, all of one shape; sizes may be symbolic."""
+    return len({str(tensor.shape) for tensor in tensors}) == 1
 
 
 def row_axis(node: fx.Node) -> Axis | None:
@@ -208,10 +213,10 @@ def row_axis(node: fx.Node) -> Axis | None:
     Of the moments of rows it is the first (`norm_stats`).
     """
     tensors = tensors_of(node)
-    if len({tuple(tensor.shape) for tensor in tensors}) != 1 or tensors[0].dim() < 3:
+    if not _alike(tensors) or tensors[0].dim() < 3:
         return None
     dim = 0 if node.target is torch.ops.lightcache.row_moments.default else tensors[0].dim() - 2
-    return Axis(dim, tensors[0].shape[dim])
+    return next((axis for axis in axes_of(node) if axis.dim == dim), None)
 
 
 def ranges_of(region: Region, index: int, count: int) -> dict[fx.Node, tuple[int, int]]:

@@ -10,7 +10,7 @@ from functools import partial
 from torch import fx
 
 from lightcache_fx.axes import Axis
-from lightcache_fx.chunked import build_region
+from lightcache_fx.chunked import allocated, build_region
 from lightcache_fx.errors import PassError
 from lightcache_fx.flops import count_flops
 from lightcache_fx.graphs import calls, copy_graph
@@ -63,7 +63,7 @@ def chunk_regions(graph: fx.Graph, *, regions: Sequence[PlannedRegion]) -> PassR
                                                  %c_1 = getitem(%region_0, 0)
 
     Tier: float rounding (bitwise where the body only moves data or is plain arithmetic). Invariants: what a chunk needs
-    whole is computed before the region; outputs keep their shapes and strides.
+    whole is computed before the region; outputs keep their shapes and the order of their strides.
     """
     flops_of = count_flops(graph) if regions else {}
     for number, planned in enumerate(regions):
@@ -111,7 +111,7 @@ def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, 
     with graph.inserting_after(last):
         call = graph.create_node("call_module", name, tuple(region.inputs), name=name)
     call.meta = {
-        "val": tuple(node.meta["val"] for node in region.outputs),
+        "val": tuple(map(allocated, region.outputs)),
         "nn_module_stack": region.outputs[-1].meta.get("nn_module_stack", {}),
         "lightcache_region": module,
         "lightcache_flops": module.flops,
@@ -120,7 +120,7 @@ def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, 
     for index, node in enumerate(region.outputs):
         with graph.inserting_after(after):
             after = graph.call_function(operator.getitem, (call, index))
-        after.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+        after.meta = {"val": call.meta["val"][index], "nn_module_stack": node.meta.get("nn_module_stack", {})}
         node.replace_all_uses_with(after, delete_user_cb=lambda user: user not in region.axes)
     for node in reversed(region.body):
         graph.erase_node(node)

@@ -395,10 +395,10 @@ def test_an_axis_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Chunk(budget=0), "budget: .*greater than 0"),
-        (lambda: Chunk(budget=-5), "budget: .*greater than 0"),
+        (lambda: Chunk(budget=0), "budget: expected bytes such as .* got 0"),
+        (lambda: Chunk(budget=-5), "budget: expected bytes such as .* got -5"),
         (lambda: Chunk(budget="much"), "expected a number of bytes"),
-        (Chunk, "budget in bytes.*or regions"),
+        (Chunk, "a budget such as .* or regions; got neither"),
         (lambda: Region(module="a", axis=0, size=0), "size: .*greater than or equal to 1"),
         (lambda: Chunk(budgett=5), "unknown key 'budgett'.*budget"),
         (lambda: Decode(frames=0), "frames: .*greater than or equal to 1"),
