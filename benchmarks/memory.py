@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                  # some minutes on two quiet cores
     python -m benchmarks.memory --rounds 1
+    python -m benchmarks.memory --device cuda --dtype float16 --full-size     # the published models' own sizes
 
 Each model is cut to half of its own activation peak. Peaks are measured by allocation events, times pair by pair.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from benchmarks.common import (
     pairwise_ratio,
     randomize,
     seconds_of,
+    usable_device,
     write_json,
 )
 from benchmarks.denoise import Setting, Video, build_unet
@@ -39,38 +42,66 @@ TOLERANCE = 1e-5
 Call = Callable[[nn.Module], torch.Tensor]
 
 
-def _unet() -> tuple[nn.Module, Call]:
-    setting = Setting()
+@dataclass(frozen=True)
+class Place:
+    """Where and how large: `full_size` is that of the published models."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    full_size: bool = False
+
+    @property
+    def kind(self) -> torch.device:
+        """The device as torch's object."""
+        return torch.device(self.device)
+
+    def put(self, *things: Any) -> list[Any]:
+        """Modules and tensors, moved there."""
+        return [thing.to(self.kind, getattr(torch, self.dtype)) for thing in things]
+
+
+def _unet(place: Place) -> tuple[nn.Module, Call]:
+    setting = Setting(device=place.device, dtype=place.dtype)
+    setting = setting.full_size() if place.full_size else setting
     video = Video(setting)
-    return build_unet(setting), lambda unet: video.predict(unet, video.noise, torch.tensor(1.5))
+    timestep = torch.tensor(1.5, device=place.kind)
+    return build_unet(setting), lambda unet: video.predict(unet, video.noise, timestep)
 
 
-def _image_vae() -> tuple[nn.Module, Call]:
+def _widths(place: Place) -> tuple[int, ...]:
+    return (128, 256, 512, 512) if place.full_size else (32, 64, 128, 128)
+
+
+def _image_vae(place: Place) -> tuple[nn.Module, Call]:
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64, 128, 128), down_block_types=("DownEncoderBlock2D",) * 4,
+        block_out_channels=_widths(place), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=256,
     )  # fmt: skip
-    latents = torch.randn(8, 4, 24, 24, generator=torch.Generator().manual_seed(0))
-    return vae, lambda vae: vae.decode(latents, return_dict=False)[0]
+    shape = (25, 4, 64, 64) if place.full_size else (8, 4, 24, 24)
+    return _decoder(vae, shape, place)
 
 
-def _video_vae() -> tuple[nn.Module, Call]:
+def _video_vae(place: Place) -> tuple[nn.Module, Call]:
     vae = diffusers.AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 64, 128, 128), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
+        block_out_channels=_widths(place), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
         latent_channels=4, sample_size=256,
     )  # fmt: skip
-    latents = torch.randn(8, 4, 20, 24, generator=torch.Generator().manual_seed(0))
-    return vae, lambda vae: vae.decode(latents, num_frames=8, return_dict=False)[0]
+    shape = (8, 4, 72, 128) if place.full_size else (8, 4, 20, 24)
+    return _decoder(vae, shape, place, num_frames=8)
+
+
+def _decoder(vae: nn.Module, shape: tuple[int, ...], place: Place, **options: int) -> tuple[nn.Module, Call]:
+    randomize(vae)
+    vae, latents = place.put(vae, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    return vae, lambda vae: vae.decode(latents, return_dict=False, **options)[0]
 
 
 MODELS = {"svd-unet": _unet, "sd-vae": _image_vae, "svd-vae": _video_vae}
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, rounds: int, place: Place) -> dict[str, Any]:
     """One model: peaks, predicted and measured, times in turns, and the largest difference of the results."""
-    model, call = MODELS[name]()
-    if name != "svd-unet":
-        randomize(model)
+    model, call = MODELS[name](place)
     model.eval().requires_grad_(False)
     whole = lc.transform(model)
     expected = call(whole)
@@ -85,12 +116,12 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         found = call(chunked)
     difference = float((found - expected).abs().max() / expected.abs().max())
     plan = lc.inspect(chunked).plan.chunks["full"]
-    measured = {kind: measure_peak(lambda m=module: call(m)).peak_bytes for kind, module in
+    measured = {kind: measure_peak(lambda m=module: call(m), device_type=place.kind.type).peak_bytes for kind, module in
                 (("whole", whole), ("chunked", chunked))}  # fmt: skip
     seconds: dict[str, list[float]] = {"whole": [], "chunked": []}
     modules = {"whole": whole, "chunked": chunked}
     for _, kind in in_turns(tuple(modules), rounds):
-        seconds[kind].append(seconds_of(lambda m=modules[kind]: call(m)))
+        seconds[kind].append(seconds_of(lambda m=modules[kind]: call(m), place.kind))
     ratio = pairwise_ratio(seconds["chunked"], seconds["whole"])
     return {
         "predicted": {"whole": peak, "chunked": plan.peak_after},
@@ -127,17 +158,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=list(MODELS), action="append")
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
+    parser.add_argument("--device", type=usable_device, default=Place.device)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default=Place.dtype)
+    parser.add_argument("--full-size", action="store_true", help="the published models' own sizes; on a GPU only")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/memory.json, on a GPU memory-cuda.json")
     options = parser.parse_args()
+    if options.full_size and options.device == "cpu":
+        parser.error("argument --full-size: expected --device cuda or cuda:N with it, got cpu, where it takes days")
+    place = Place(options.device, options.dtype, options.full_size)
+    out = options.out or RESULTS / ("memory.json" if place.kind.type == "cpu" else f"memory-{place.kind.type}.json")
     console = Console()
     results = {}
     with torch.no_grad():
         for name in options.only or MODELS:
-            results[name] = measure(name, options.rounds)
+            results[name] = measure(name, options.rounds, place)
             console.print(row_of(name, results[name]), markup=False)
-    write_json(options.out, {"environment": environment(), "models": results})
+    write_json(out, {"environment": environment(), "place": asdict(place), "models": results})
     table = markdown_table(COLUMNS, [row_of(*item) for item in results.items()])
-    options.out.with_suffix(".md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
