@@ -36,7 +36,7 @@ def recomputations(memory: Memory, budget: int) -> Iterator[tuple[str, ...]]:
 
     The last is the one that keeps least, if the budget leaves no room for a cheaper one.
     """
-    values = _Values.of(memory, int(_LARGE * budget))
+    values = Values.of(memory, int(_LARGE * budget))
     sizes = sorted({values.sizes[root] for root in values.streamable}, reverse=True)
     levels = [{root for root in values.streamable if values.sizes[root] > size} for size in (*sizes[1:], 0)]
     found: list[frozenset[fx.Node]] = []
@@ -53,8 +53,8 @@ def recomputations(memory: Memory, budget: int) -> Iterator[tuple[str, ...]]:
 
 
 @dataclass
-class _Values:
-    """The graph as values that are kept or streamed; views count as their storage.
+class Values:
+    """A graph as values that are kept or streamed; views count as their storage.
 
     Attributes:
         memory: of the graph.
@@ -69,7 +69,8 @@ class _Values:
     streamable: set[fx.Node]
 
     @classmethod
-    def of(cls, memory: Memory, least: int) -> _Values:
+    def of(cls, memory: Memory, least: int) -> Values:
+        """Those of a graph; values of up to `least` bytes are always kept."""
         root = {node: storage_root(node) for node in memory.order}
         sizes = {node: num_bytes(node) for node in memory.order if root[node] is node}
         returned = {storage_root(node) for node in output_node(memory.graph).all_input_nodes}

@@ -13,7 +13,7 @@ from lightcache_fx.graphs import copy_graph
 from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.chunk_regions import Chunking
 from lightcache_fx.passes.split_group_norm import group_norms
-from lightcache_fx.rematerialization import recomputations
+from lightcache_fx.rematerialization import Values, recomputations
 
 SIZE = 256
 WIDE = 8 * SIZE * SIZE * 4
@@ -79,6 +79,16 @@ def test_what_is_kept_longest_counts() -> None:
     """With room for no large value at all there is one choice: everything is made from the input."""
     (only,) = recomputations(Memory(split(decoder())), WIDE // 2)
     assert {"upsample_nearest2d", "conv2d", "add", "add_1", "add_2"} <= set(only)
+
+
+def test_what_is_made_again_keeps_what_it_is_made_from() -> None:
+    """All but the first convolution streamed, it is there until the end, beside the three channels that are returned."""
+    graph = split(decoder())
+    values = Values.of(Memory(graph), WIDE // 64)
+    first = next(node for node in graph.nodes if node.name == "conv2d")
+    returned = WIDE * 3 // 8
+    assert WIDE + returned <= values.kept_peak(values.streamable - {first}) < 1.05 * (WIDE + returned)
+    assert returned <= values.kept_peak(values.streamable) < 1.05 * returned
 
 
 def test_a_budget_below_two_large_values() -> None:
