@@ -4,7 +4,8 @@
     python -m benchmarks.memory --rounds 1
     python -m benchmarks.memory --device cuda --dtype float16 --full-size     # the published models' own sizes
 
-Each model is cut to half (`--share`) of its own activation peak. Peaks are measured by allocation events, times pair by pair.
+Each model is cut to half (`--share`) of its own activation peak. Peaks are measured by allocation events,
+times pair by pair.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_what_is_kept_longest_counts() -> None:
 
 
 def test_what_is_made_again_keeps_what_it_is_made_from() -> None:
-    """All but the first convolution streamed, it is there until the end, beside the three channels that are returned."""
+    """All but the first convolution streamed, it stays to the end, beside the three channels that are returned."""
     graph = split(decoder())
     values = Values.of(Memory(graph), WIDE // 64)
     first = next(node for node in graph.nodes if node.name == "conv2d")
