@@ -1,9 +1,9 @@
-"""Which large values are kept, and which are computed again for each of their readers (`passes/recompute_values`).
+"""Which large values are kept, and which are computed again for each pass over them (`passes/recompute_values`).
 
-A value that can be computed in strips need not exist as a whole: every reader can compute its strips again from what
-is kept. What is left of the memory is what is kept; what it costs is that a chain is computed once for each reader of
-each of its links. This is gradient checkpointing's trade (Chen et al. 2016) in inference, where GroupNorms, which need
-all of a value before any of the next, take the place of the backward pass.
+A value that can be computed in strips need not exist as a whole: every pass can compute its strips again from what is
+kept. What is left of the memory is what is kept; what it costs is that a chain is computed once for each pass that
+reads any of its links. This is gradient checkpointing's trade (Chen et al. 2016) in inference, where GroupNorms, which
+need all of a value before any of the next, take the place of the backward pass.
 """
 
 from __future__ import annotations
@@ -104,10 +104,13 @@ class Values:
     def seconds(self, streamed: set[fx.Node]) -> float:
         """Predicted time of all calls, each as often as it is made."""
         calls = {node for node in self.memory.order if self.root[node] in streamed}
-        kept = sum(self.memory.seconds[node] for node in self.memory.order if node not in calls)
-        passes = passes_over(self.memory.graph, calls)
-        made = (set().union(*(links(reader, calls) for reader in readers)) for readers in passes)
-        return kept + sum(self.memory.seconds[node] for chain in made for node in chain)
+        made = (
+            {node for reader in readers for node in links(reader, calls)}
+            for readers in passes_over(self.memory.graph, calls)
+        )
+        again = [node for chain in made for node in chain]
+        kept = [node for node in self.memory.order if node not in calls]
+        return math.fsum(self.memory.seconds[node] for node in kept + again)  # in whatever order sets come
 
     def keep_what_saves(self, streamed: set[fx.Node], room: int) -> set[fx.Node]:
         """Keep what saves most time as long as there is room (greedily, what saved little before is asked last)."""

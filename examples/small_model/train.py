@@ -120,8 +120,8 @@ def train_vae(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 1,
-    steps: int = 1050,
-    decay_steps: int = 200,
+    steps: int = 3600,
+    decay_steps: int = 900,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
 ) -> None:
@@ -142,10 +142,10 @@ def train_decoder(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 1,
-    steps: int = 650,
+    steps: int = 600,
     decay_steps: int = 200,
     minutes: Minutes = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
 ) -> None:
     """Tune the temporal decoder on whole clips, the encoder frozen; may run while the U-Net trains."""
     torch.set_num_threads(threads)
@@ -164,8 +164,8 @@ def train_unet(
     folder: Folder = RUNS,
     seed: Seed = 0,
     threads: Threads = 1,
-    steps: int = 5700,
-    decay_steps: int = 1100,
+    steps: int = 12750,
+    decay_steps: int = 1350,
     minutes: Minutes = None,
     learning_rate: float = 1e-3,
 ) -> None:
