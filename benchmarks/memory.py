@@ -11,7 +11,7 @@ times pair by pair.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def row_of(name: str, result: dict[str, Any]) -> list[str]:
 COLUMNS = ("model", "whole, measured", "chunked, measured", "predicted", "time chunked / whole", "", "difference")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and keep the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default=Place.dtype)
     parser.add_argument("--full-size", action="store_true", help="the published models' own sizes; on a GPU only")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/memory.json, on a GPU memory-cuda.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.full_size and options.device == "cpu":
         parser.error("argument --full-size: expected --device cuda or cuda:N with it, got cpu, where it takes days")
     place = Place(options.device, options.dtype, options.full_size)

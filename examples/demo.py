@@ -134,8 +134,7 @@ def load(folder: Path) -> StableVideoDiffusionPipeline:
 def read_policy(path: Path | None, interval: int, branch: int, decode_budget: str) -> lc.Policy:
     """Read the policy file, or make DeepCache's policy, with a decoder cut to a budget, where none is given."""
     if path is None:
-        cache = lc.Policy.deepcache(interval=interval, branch=branch).cache
-        return lc.Policy(cache=cache, decode=lc.Decode(budget=decode_budget) if decode_budget != "100%" else None)
+        return lc.Policy(cache=lc.Cache(cut=branch, interval=interval), decode=lc.Decode(budget=decode_budget))
     if not path.is_file():
         raise DemoError(f"no policy file {path}")
     return lc.Policy.from_yaml(path)
@@ -236,7 +235,7 @@ def main(
     interval: Annotated[int, typer.Option(help="One step in so many is full.")] = 3,
     branch: Annotated[int, typer.Option(help="DeepCache's branch: the skip connection to cut at.")] = 0,
     decode_budget: Annotated[
-        str, typer.Option(help="Memory for decoding: bytes, or a share of what it takes as it is; 100% leaves it so.")
+        str, typer.Option(help="Memory for decoding: bytes, or a share of what it takes as it is.")
     ] = "60%",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     seed: Annotated[int, typer.Option(help="Decides all noise.")] = 0,

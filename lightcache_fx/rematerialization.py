@@ -27,6 +27,7 @@ _SHARES = (0.95, 0.8, 0.6)
 _LARGE = 1 / 128
 """Values below this share of the budget are kept."""
 _NEARLY = 1.02
+"""What is kept at least may be exceeded by so much where that computes less again."""
 _LEVELS = 2
 """So many largest sizes of what is kept are tried."""
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import lightcache_fx as lc
-from benchmarks import denoise, plans
+from benchmarks import denoise, memory, plans
 from benchmarks.common import (
     Goal,
     Spread,
@@ -442,3 +442,9 @@ def test_spread_of_one_is_one_number():
 def test_published_models_are_the_designs():
     assert set(plans.MODELS) == {"svd-xt", "animatediff", "modelscope", "easyanimate"}
     assert isinstance(plans.MODELS["easyanimate"].cut, lc.Residual)
+
+
+def test_memory_at_full_size_is_refused_on_a_cpu(capsys):
+    with pytest.raises(SystemExit):
+        memory.main(["--full-size"])
+    assert "argument --full-size: expected --device cuda or cuda:N with it, got cpu" in capsys.readouterr().err

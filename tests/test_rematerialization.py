@@ -9,6 +9,7 @@ from torch import fx, nn
 from graphs import Captured, captured
 from lightcache_fx.chunk_memory import Memory
 from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
+from lightcache_fx.costs import GPU_FLOAT, GPU_HALF, machine_of
 from lightcache_fx.graphs import copy_graph
 from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.chunk_regions import Chunking
@@ -114,3 +115,9 @@ def test_a_kept_budget_is_left_alone() -> None:
     given = decoder()
     plan, _ = planned(given, timeline(given.graph_module.graph).peak_bytes)
     assert plan.chunking == Chunking()
+
+
+def test_a_half_precision_model_is_priced_as_one_though_its_norms_compute_in_float32() -> None:
+    given = captured(Decoder().eval().half(), torch.randn(1, 4, 8, 8).half())
+    assert machine_of(split(given), cuda=True) is GPU_HALF
+    assert machine_of(split(decoder()), cuda=True) is GPU_FLOAT

@@ -77,6 +77,15 @@ def test_a_value_that_is_read_along_two_axes_is_computed_before() -> None:
     assert torch.equal(given.run(after)[0], given.run()[0])
 
 
+def test_an_output_that_is_a_slice_is_allocated_without_gaps() -> None:
+    given = captured(lambda sample: ((wide := sample.abs() * 2)[:, :3], wide.sum(1)), torch.randn(6, 12))
+    names = [node.name for node in given.graph_module.graph.nodes if node.op == "call_function"]
+    after, _ = given.apply(partial(chunk_regions, regions=[PlannedRegion(names[0], names[-1], Axis(0, 6), 3)]))
+    (region,) = [n.meta["lightcache_region"] for n in after.graph.nodes if n.op == "call_module"]
+    assert [output.strides for output in region.outputs] == [(3, 1), (1,)]
+    assert all(map(torch.equal, given.run(after), given.run()))
+
+
 def test_nothing_to_do() -> None:
     _, result = feed_forward().apply(partial(chunk_regions, regions=[]))
     assert not result.modified
