@@ -46,7 +46,8 @@ from benchmarks.common import (
 )
 from lightcache_fx.module import runtime_of
 from lightcache_fx.module_state import ModuleState
-from lightcache_fx.plan import Plan, format_bytes
+from lightcache_fx.plan import Plan
+from lightcache_fx.units import format_bytes
 
 DTYPES = ("float32", "float16", "bfloat16")
 BRANCH = 0

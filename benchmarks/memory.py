@@ -36,7 +36,7 @@ from benchmarks.common import (
 from benchmarks.denoise import Setting, Video, build_unet
 from lightcache_fx.liveness import timeline
 from lightcache_fx.measure import measure_peak
-from lightcache_fx.plan import format_bytes
+from lightcache_fx.units import format_bytes
 
 OVERHEAD = 1.08
 TOLERANCE = 1e-5

@@ -33,8 +33,8 @@ from benchmarks.common import (
     write_json,
 )
 from lightcache_fx.cuts import CutChoice
-from lightcache_fx.plan import format_bytes
 from lightcache_fx.policy import Cut
+from lightcache_fx.units import format_bytes
 
 MEMORY_LIMIT = 2 * 10**9
 Inputs = dict[str, Any]

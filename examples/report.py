@@ -12,7 +12,7 @@ from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from examples.stages import STAGES, Frames
-from lightcache_fx.plan import format_bytes
+from lightcache_fx.units import format_bytes
 
 DATA_RANGE = 1.0
 """Of the frames that PSNR and SSIM compare."""

@@ -1,28 +1,32 @@
 """Predicted bytes and seconds of a program in which some regions run chunk by chunk, cheap enough to compare many.
 
 One timeline of the whole graph gives every call's storages; what a region changes is then arithmetic on them. The
-bytes of a chosen region's body are checked against the liveness of the body itself (`exact_body_peak`).
+bytes of a chosen region's body are checked against the liveness of the body itself (`exactly`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from lightcache_fx.axes import Axis, Need
 from lightcache_fx.axis_rules import CannotCut, needs_of
-from lightcache_fx.chunked import build_region
-from lightcache_fx.costs import Machine, machine_of, traffic
+from lightcache_fx.chunked import allocated, build_region
+from lightcache_fx.costs import Machine, machine_of, slowdown, traffic
 from lightcache_fx.flops import count_flops
-from lightcache_fx.graphs import calls, num_bytes, output_node
+from lightcache_fx.graphs import calls, num_bytes, output_node, tensors_of
+from lightcache_fx.in_place import Overwrite, overwrites, used_elsewhere
 from lightcache_fx.liveness import Timeline, timeline
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
-from lightcache_fx.regions import Region, ranges_of
+from lightcache_fx.regions import Region, full_value, ranges_of
 
 _END = 2**60
+_INNER = 2
+"""A chunk that stands for all that are not at a border."""
 
 
 class Memory:
@@ -35,22 +39,11 @@ class Memory:
         self.timeline: Timeline = timeline(graph, cuda=cuda)
         self.machine: Machine = machine_of(graph, cuda=self.timeline.cuda)
         self.flops = count_flops(graph)
-        self.own: dict[fx.Node, int] = dict.fromkeys(self.order, 0)
+        self.own = {node: self.timeline.left_bytes(node) for node in self.order}
         """Bytes of the storages that a call leaves behind."""
-        ended = {step.node: step.ended for step in self.timeline.steps}
-        for block in self.timeline.blocks:
-            if not block.workspace and block.died > ended[block.node]:
-                self.own[block.node] += block.num_bytes
         self.extra = {step.node: max(0, step.peak - step.before - self.own[step.node]) for step in self.timeline.steps}
         """Bytes that a call takes beside them while it runs."""
-        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
-        """The calls whose storages a value lives in: its own, or its first argument's; empty for the caller's."""
-        for node in self.order:
-            self.roots[node] = (
-                frozenset([node])
-                if self.own[node]
-                else frozenset().union(*(self.roots.get(source, ()) for source in node.all_input_nodes[:1]))
-            )
+        self.roots = self.timeline.owners
         self.last_use = self._last_uses()
         self._needs: dict[tuple[fx.Node, Axis], dict[fx.Node, Need | None] | CannotCut] = {}
 
@@ -78,6 +71,35 @@ class Memory:
                 last[root] = _END
         return last
 
+    def replaceable(self, region: Region, end: int) -> list[tuple[int, int]]:
+        """Outputs and inputs of a region, by number, of which the one could be written over the other.
+
+        The input's storage holds this value alone, laid out as the output is, and nobody reads it behind call `end`,
+        the last of the region's stretch.
+        """
+        sole = {
+            index: full_value(source)
+            for index, source in enumerate(region.inputs)
+            if self._is_alone(source, region, end) and not used_elsewhere(source, region, self.place, end)
+        }
+        return [
+            (output, index)
+            for output, node in enumerate(region.outputs)
+            for index, value in sole.items()
+            if _same_layout(value, allocated(node))
+        ]
+
+    def _is_alone(self, source: fx.Node, region: Region, end: int) -> bool:
+        """Whether an input's storage was seen to hold it alone and to die by call `end`."""
+        owners = self.roots.get(source, frozenset())
+        others = [node for node in region.inputs if not owners.isdisjoint(self.roots.get(node, ()))]
+        if len(owners) != 1 or others != [source]:
+            return False
+        (owner,) = owners
+        rounding = self.timeline.rounding
+        fills = self.own[owner] == -(-num_bytes(source) // rounding) * rounding
+        return fills and owner not in self.timeline.assumed and self.last_use[owner] <= end
+
     @cached_property
     def seconds(self) -> dict[fx.Node, float]:
         """Predicted time of each call."""
@@ -85,8 +107,19 @@ class Memory:
         for node in self.order:
             written, read = traffic(node)
             busy = written or self.flops.get(node, 0)
-            found[node] = self.machine.seconds(self.flops.get(node, 0), written + read) if busy else 0.0
+            flops = self.flops.get(node, 0) * self.slowdown(node, None)
+            found[node] = self.machine.seconds(flops, written + read) if busy else 0.0
         return found
+
+    def slowdown(self, node: fx.Node, part: tuple[Axis, int] | None) -> float:
+        """As `costs.slowdown`, for a convolution whose input is cut to so many positions of an axis."""
+        if self.timeline.cuda or not self.flops.get(node, 0):
+            return 1.0
+        shape = list(tensors_of(node.all_input_nodes[0])[0].shape)
+        if part is not None:
+            axis, positions = part
+            shape[axis.dim] = axis.local_extent(positions)
+        return slowdown(node, shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +134,7 @@ class Chosen:
         body_peak: bytes of the largest chunk's temporaries.
         seconds: beyond what the same nodes take unchunked.
         bodies: how the bodies of the chunks are cut in turn.
+        overwrites: outputs that take the place of an input.
     """
 
     begin: int
@@ -110,11 +144,18 @@ class Chosen:
     body_peak: int
     seconds: float = 0.0
     bodies: tuple[Chunking, ...] = ()
+    overwrites: tuple[Overwrite, ...] = ()
 
     @property
-    def output_bytes(self) -> int:
-        """Bytes of the outputs, which are allocated whole."""
-        return sum(map(num_bytes, self.region.outputs))
+    def allocated_bytes(self) -> int:
+        """Bytes of the outputs that are allocated."""
+        over = {overwrite.output for overwrite in self.overwrites}
+        return sum(num_bytes(node) for index, node in enumerate(self.region.outputs) if index not in over)
+
+    @property
+    def overwritten(self) -> list[fx.Node]:
+        """The inputs whose storages live on as outputs."""
+        return [self.region.inputs[overwrite.input] for overwrite in self.overwrites]
 
     def __str__(self) -> str:
         seed = self.region.seed.name
@@ -123,7 +164,7 @@ class Chosen:
     def planned(self, memory: Memory) -> PlannedRegion:
         """By name, for the pass."""
         first, last = memory.order[self.begin].name, memory.order[self.end].name
-        return PlannedRegion(first, last, self.region.axis, self.count, self.bodies)
+        return PlannedRegion(first, last, self.region.axis, self.count, self.bodies, self.overwrites)
 
 
 @dataclass
@@ -178,13 +219,14 @@ def profile(
             for root in memory.roots.get(source, ()):
                 last[root] = max(last.get(root, 0), position)
     outputs = {root for region in ends.values() for node in region.region.outputs for root in memory.roots[node]}
+    overwritten = {root for region in ends.values() for node in region.overwritten for root in memory.roots[node]}
     for root, position in last.items():
-        if memory.last_use[root] <= end and (root not in owner or root in outputs):
+        if memory.last_use[root] <= end and (root not in owner or root in outputs) and root not in overwritten:
             dies[position] = dies.get(position, 0) + memory.own[root]
     result = _Profile()
     for position, item in enumerate(items):
         if isinstance(item, Chosen):
-            born, extra = item.output_bytes, item.body_peak
+            born, extra = item.allocated_bytes, item.body_peak
         else:
             born, extra = memory.own[item], memory.extra[item]
         result.items.append(item)
@@ -194,8 +236,11 @@ def profile(
     return result
 
 
-def body_peak(memory: Memory, region: Region, count: int) -> int:
-    """Predicted bytes of a chunk's temporaries: the body's liveness, each value scaled to its range."""
+def body_peak(memory: Memory, region: Region, count: int, replaced: Iterable[Overwrite] = ()) -> int:
+    """Predicted bytes of a chunk's temporaries: the body's liveness, each value scaled to its range.
+
+    With them count the parts of the chunk before that wait to be written over an input.
+    """
     ranges = ranges_of(region, (count - 1) // 2, count)
     last: dict[fx.Node, int] = {}
     for position, node in enumerate(region.body):
@@ -214,7 +259,9 @@ def body_peak(memory: Memory, region: Region, count: int) -> int:
         start, stop = ranges[node]
         return size * (stop - start) // region.axes[node].size
 
-    live = peak = _copied_inputs(region, ranges)
+    live = peak = _copied_inputs(region, ranges) + sum(
+        local(node, num_bytes(node)) for node in (region.outputs[over.output] for over in replaced if over.delay)
+    )
     for position, node in enumerate(region.body):
         live += local(node, memory.own[node])
         peak = max(peak, live + local(node, memory.extra[node]))
@@ -222,10 +269,25 @@ def body_peak(memory: Memory, region: Region, count: int) -> int:
     return peak
 
 
-def exact_body_peak(memory: Memory, region: Region, count: int) -> int:
-    """Bytes of the largest chunk's temporaries by the bodies' own liveness, and of its copied slices of inputs."""
-    module = build_region(region, count, {})
-    return module.memory_peak(memory.timeline.rounding)
+def estimated(memory: Memory, region: Region, begin: int, end: int, count: int) -> Chosen:
+    """A region in `count` chunks, its bytes by arithmetic and its time left open."""
+    replaced = overwrites(region, count, memory.replaceable(region, end), (min(_INNER, count - 1),))
+    return Chosen(begin, end, region, count, body_peak(memory, region, count, replaced), overwrites=replaced)
+
+
+def exactly(memory: Memory, chosen: Chosen) -> Chosen:
+    """The same by the liveness of its bodies, as they will be built, and with its time."""
+    region, rounding = chosen.region, memory.timeline.rounding
+    candidates = memory.replaceable(region, chosen.end)
+    module = build_region(region, chosen.count, {}, candidates=candidates, rounding=rounding)
+    seconds = chunk_seconds(memory, region, chosen.count)
+    peak = module.memory_peak(rounding)
+    return replace(chosen, body_peak=peak, seconds=seconds, overwrites=module.overwrites)
+
+
+def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
+    layouts = [(value.shape, value.stride(), value.dtype, value.device) for value in (one, other)]
+    return layouts[0] == layouts[1]
 
 
 def _copied_inputs(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> int:
@@ -238,6 +300,15 @@ def _copied_inputs(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> in
                 size = num_bytes(source) * (high - low) // need.axis.size
                 largest[source, need.axis] = max(size, largest.get((source, need.axis), 0))
     return sum(largest.values())
+
+
+def _part(region: Region, node: fx.Node, ranges: Mapping[fx.Node, tuple[int, int]]) -> tuple[Axis, int] | None:
+    """How the first input of a cut node is cut for one chunk, and to how many positions."""
+    need = region.needs[node].get(node.all_input_nodes[0]) if node.all_input_nodes else None
+    if need is None:
+        return None
+    low, high = need.reach.of(*ranges[node], need.axis.size)
+    return need.axis, high - low
 
 
 def chunk_seconds(memory: Memory, region: Region, count: int) -> float:
@@ -253,6 +324,7 @@ def chunk_seconds(memory: Memory, region: Region, count: int) -> float:
         share = (stop - start) / region.axes[node].size
         whole = sum(num_bytes(s) for s, need in region.needs[node].items() if need is None)
         moved = (written + read - whole) * share + whole
-        total += count * machine.seconds(memory.flops.get(node, 0) * share, moved) - memory.seconds[node]
+        flops = memory.flops.get(node, 0) * share * memory.slowdown(node, _part(region, node, ranges))
+        total += count * machine.seconds(flops, moved) - memory.seconds[node]
     copies = 2 * sum(map(num_bytes, region.outputs)) + 2 * count * _copied_inputs(region, ranges)
     return total + copies / machine.bytes + count * len(region.outputs) * machine.launch

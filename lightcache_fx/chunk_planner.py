@@ -7,9 +7,8 @@ large values are computed again for each of their readers.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +20,8 @@ from lightcache_fx.chunk_memory import Chosen, Memory, profile
 from lightcache_fx.chunk_search import PlanBody, Search
 from lightcache_fx.explicit_regions import frame_by_frame, regions_of_module
 from lightcache_fx.graphs import copy_graph, tensors_of
-from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
+from lightcache_fx.liveness import timeline
+from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, find_region
 from lightcache_fx.passes.split_group_norm import group_norms
 from lightcache_fx.policy import Region
 from lightcache_fx.rematerialization import recomputations
@@ -109,27 +109,66 @@ def _plan_in_stages(graph: fx.Graph, request: Request) -> ChunkPlan:
     if plain.fits:
         return plain
 
-    def after(recomputed: tuple[str, ...]) -> ChunkPlan:
-        prepared, _ = copy_graph(split)
-        Chunking(recomputed=recomputed).apply(prepared)
+    def after(norms: tuple[str, ...], recomputed: tuple[str, ...] = ()) -> ChunkPlan:
+        prepared, _ = copy_graph(graph)
+        Chunking(norms, recomputed).apply(prepared)
         plan = plan_chunks(prepared, request)
         added = plan.seconds_added + plan.seconds_before - plain.seconds_before
-        return replace(
+        found = replace(
             plan, split_norms=norms, recomputed=recomputed, peak_before=plain.peak_before,
             seconds_before=plain.seconds_before, seconds_added=added,
         )  # fmt: skip
+        cut = norms_cut_across(prepared, found)
+        needed = tuple(name for name in norms if name in cut or name in near)
+        if not found.fits or needed == norms:
+            return found
+        narrowed = after(needed, recomputed)
+        return narrowed if narrowed.fits else found
+
+    def settings() -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Norms to split and values to compute again, the cheapest first."""
+        yield from dict.fromkeys((names, ()) for names in (near, norms) if names)
+        split, _ = copy_graph(graph)
+        Chunking(norms).apply(split)
+        for names in recomputations(Memory(split, cuda=request.cuda), plain.budget):
+            yield norms, names
 
     norms = tuple(group_norms(graph))
-    split, _ = copy_graph(graph)
-    Chunking(split_norms=norms).apply(split)
+    near = norms_near_peaks(graph, norms, plain.budget, cuda=request.cuda)
     best = plain
-    for names in itertools.chain([()] if norms else [], recomputations(Memory(split, cuda=request.cuda), plain.budget)):
-        found = after(names)
-        log.debug("recomputing %d values: peak %d, was %d", len(names), found.peak_after, best.peak_after)
+    for split_norms, names in settings():
+        found = after(split_norms, names)
+        log.debug(
+            "%d norms split, %d values again: peak %d, was %d",
+            len(split_norms), len(names), found.peak_after, best.peak_after,
+        )  # fmt: skip
         best = min(best, found, key=lambda plan: plan.peak_after)
         if best.fits:
             break
     return best
+
+
+def norms_near_peaks(
+    graph: fx.Graph, norms: Sequence[str], budget: int, *, cuda: bool | None = None
+) -> tuple[str, ...]:
+    """Of some norms, those between which and the norm before or behind more than the budget is live."""
+    wanted, near = set(norms), []
+    before = ""
+    high = False  # since the norm before
+    for step in timeline(graph, cuda=cuda).steps:
+        high |= step.peak > budget
+        if step.node.name in wanted:
+            near += [before, step.node.name] if high else []
+            before, high = step.node.name, step.peak > budget
+    near += [before] if high else []
+    return tuple(name for name in norms if name in near)
+
+
+def norms_cut_across(graph: fx.Graph, plan: ChunkPlan) -> tuple[str, ...]:
+    """Of the norms that a plan splits, those of which some part is in a region; the others may stay in one piece."""
+    bodies = (find_region(graph, region).body for region in plan.regions)
+    cut = {node.meta.get("lightcache_split_norm") for body in bodies for node in body}
+    return tuple(name for name in plan.split_norms if name in cut)
 
 
 def plan_chunks(graph: fx.Graph, request: Request) -> ChunkPlan:

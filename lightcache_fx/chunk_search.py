@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from lightcache_fx.axes import Axis
-from lightcache_fx.chunk_memory import Chosen, Memory, body_peak, chunk_seconds, exact_body_peak, profile
+from lightcache_fx.chunk_memory import Chosen, Memory, chunk_seconds, estimated, exactly, profile
 from lightcache_fx.chunked import build_region, copied_bytes
-from lightcache_fx.regions import Blocked, Region, axes_of, finer_axes, leaving, ranges_of, row_axis, trace_region
+from lightcache_fx.regions import Blocked, Region, axes_of, finer_axes, leaving, ranges_of, trace_region
 
 if TYPE_CHECKING:
     from lightcache_fx.chunk_planner import ChunkPlan
@@ -74,24 +74,26 @@ class Search:
             return
         stretches = itertools.product(filter(self.may_begin, begins[:_NEAR]), filter(self.may_end, ends[:_NEAR]))
         for begin, end in sorted(stretches, key=lambda pair: pair[1] - pair[0]):
-            axis = row_axis(leaving(self.memory.order[begin : end + 1])[-1])
-            if axis is not None:
+            for axis in axes_of(leaving(self.memory.order[begin : end + 1])[-1]):
                 yield begin, end, axis
 
     def best_pass(self, passes: Iterable[tuple[int, int, Axis]]) -> Chosen | None:
-        """The shortest that fits the budget, else the one that lowers the peak most."""
+        """The shortest that fits the budget, the fastest of its axes, else the one that lowers the peak most."""
         found = []
-        for begin, end, axis in passes:
-            try:
-                region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
-            except Blocked:
-                continue
-            sized = self.sized(region, begin, end)
-            if sized is not None:
-                exact = self.fitted(begin, end, axis, sized[0].count)
-                if exact is not None:
-                    return exact
-                found.append(self.exactly(sized[0]))
+        for _, along in itertools.groupby(passes, key=lambda entry: entry[:2]):
+            fitting = []
+            for begin, end, axis in along:
+                try:
+                    region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
+                except Blocked:
+                    continue
+                sized = self.sized(region, begin, end)
+                if sized is not None:
+                    exact = self.fitted(begin, end, axis, sized[0].count)
+                    fitting += [exact] if exact is not None else []
+                    found.append(self.exactly(sized[0]))
+            if fitting:
+                return min(fitting, key=lambda candidate: candidate.seconds)
         lowering = [entry for entry in found if entry[1] < 0.99 * self.peak]
         return min(lowering, key=lambda entry: entry[1])[0] if lowering else None
 
@@ -114,14 +116,16 @@ class Search:
         beside = reached - candidate.body_peak
         if self.plan_body is None or beside >= self.budget or not _one_by_one(candidate):
             return candidate, reached
-        module = build_region(candidate.region, candidate.count, {})
+        candidates, rounding = self.memory.replaceable(candidate.region, candidate.end), self.memory.timeline.rounding
+        module = build_region(candidate.region, candidate.count, {}, candidates=candidates, rounding=rounding)
+        waiting = max(module.waiting_bytes(index, rounding) for index in range(len(module.bodies)))
         bodies, peak, added = [], 0, 0.0
         for index in range(len(module.bodies)):
             graph = module.body(index).graph
-            copied = copied_bytes(graph)
-            plan = self.plan_body(graph, self.budget - beside - copied)
+            held = copied_bytes(graph) + waiting
+            plan = self.plan_body(graph, self.budget - beside - held)
             bodies.append(plan.chunking)
-            peak = max(peak, plan.peak_after + copied)
+            peak = max(peak, plan.peak_after + held)
             added = max(added, plan.seconds_added)
         if peak >= 0.99 * candidate.body_peak:
             return candidate, reached
@@ -145,12 +149,8 @@ class Search:
 
     def exactly(self, candidate: Chosen) -> tuple[Chosen, int]:
         """A candidate with its bodies' own peak and its time, and the highest that its stretch reaches."""
-        memory, region = self.memory, candidate.region
-        peak = exact_body_peak(memory, region, candidate.count)
-        seconds = chunk_seconds(memory, region, candidate.count)
-        exact = replace(candidate, body_peak=peak, seconds=seconds)
-        reached, _ = profile(memory, [exact], exact.begin, exact.end, self.live_before(exact.begin)).peak()
-        return exact, reached
+        exact = exactly(self.memory, candidate)
+        return exact, self.reached(exact)
 
     def candidates(self) -> Iterator[tuple[Chosen, int]]:
         """Regions around the peak, each with the highest that its stretch then reaches."""
@@ -194,9 +194,14 @@ class Search:
 
     def estimate(self, region: Region, begin: int, end: int, count: int) -> tuple[Chosen, int]:
         """A region in `count` chunks, its time left open, and the highest that its stretch then reaches."""
-        trial = Chosen(begin, end, region, count, body_peak(self.memory, region, count))
-        reached, _ = profile(self.memory, [trial], begin, end, self.live_before(begin)).peak()
-        return trial, reached
+        trial = estimated(self.memory, region, begin, end, count)
+        return trial, self.reached(trial)
+
+    def reached(self, candidate: Chosen) -> int:
+        """The most that is live within a region's stretch."""
+        window = candidate.begin, candidate.end, self.live_before(candidate.begin)
+        highest, _ = profile(self.memory, [candidate], *window).peak()
+        return highest
 
     def sized(self, region: Region, begin: int, end: int) -> tuple[Chosen, int] | None:
         """The fewest chunks that fit the budget, or the most that still lower the peak."""

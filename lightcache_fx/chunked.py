@@ -1,12 +1,13 @@
 """A region as one module of a program's graph: the bodies of its chunks, and the loop that runs them.
 
-Each output is allocated whole, and every chunk writes its part. A body is a static graph for a chunk's sizes; chunks of
-the same sizes and borders share one, so that there are a few bodies (first, inner, last, uneven) and not one a chunk.
+Each output is allocated whole, or takes the place of an input, and every chunk writes its part. A body is a static
+graph for a chunk's sizes; chunks of the same sizes and borders share one, so that there are a few bodies (first, inner,
+last, uneven) and not one a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,9 +17,10 @@ from torch import fx, nn
 from lightcache_fx.axes import Axis, Reach
 from lightcache_fx.axis_rules import build_local
 from lightcache_fx.axis_rules.registry import evaluate
-from lightcache_fx.graphs import GraphInput, num_bytes, placeholders
-from lightcache_fx.liveness import timeline
-from lightcache_fx.regions import Region, full_value, ranges_of
+from lightcache_fx.graphs import GraphInput, num_bytes, outputs, placeholders
+from lightcache_fx.in_place import Overwrite, overwrites
+from lightcache_fx.liveness import Timeline, timeline
+from lightcache_fx.regions import Reads, Region, full_value, ranges_of, reads_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class ChunkedRegion(nn.Module):
     Attributes:
         label: what is cut, for the printed graph: `dim 0: [25] in 25 chunks`.
         flops: of all chunks together, halos included.
+        overwrites: outputs that are written over inputs, which must not be used afterwards.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ChunkedRegion(nn.Module):
         *,
         label: str,
         flops: int,
+        overwrites: tuple[Overwrite, ...] = (),
     ) -> None:
         super().__init__()
         self.bodies = nn.ModuleList(bodies)
@@ -77,20 +81,35 @@ class ChunkedRegion(nn.Module):
         self.outputs = outputs
         self.label = label
         self.flops = flops
-        self._peaks: dict[int, int] = {}
+        self.overwrites = overwrites
+        self._timelines: dict[int, list[Timeline]] = {}
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the region's outputs."""
-        results = [output.empty() for output in self.outputs]
+        over = self.overwritten()
+        results = [inputs[over[i]] if i in over else output.empty() for i, output in enumerate(self.outputs)]
+        waiting: list[_Part] = []
         for chunk in self.chunks:
-            self._run(chunk, inputs, results)
+            waiting = self._run(chunk, inputs, results, waiting)
+        for write, part in waiting:
+            _write(results[write.index], write, part)
         return tuple(results)
 
-    def _run(self, chunk: Chunk, inputs: tuple[torch.Tensor, ...], results: list[torch.Tensor]) -> None:
-        """One turn; what it computed is freed before the next one begins."""
+    def _run(
+        self, chunk: Chunk, inputs: tuple[torch.Tensor, ...], results: list[torch.Tensor], waiting: list[_Part]
+    ) -> list[_Part]:
+        """One turn; what it computed is freed before the next one begins, but for what is still to be written.
+
+        What goes over an input is written last: other parts may be views of it.
+        """
+        delays = {overwrite.output: overwrite.delay for overwrite in self.overwrites}
         parts = self.bodies[chunk.body](*(_read(inputs[read.index], read) for read in chunk.reads))
-        for write, part in zip(chunk.writes, parts, strict=True):
+        made = list(zip(chunk.writes, parts, strict=True))
+        fresh = [(write, part) for write, part in made if write.index not in delays]
+        over = [(write, part) for write, part in made if delays.get(write.index) == 0]
+        for write, part in (*fresh, *waiting, *over):
             _write(results[write.index], write, part)
+        return [(write, part) for write, part in made if delays.get(write.index) == 1]
 
     def body(self, index: int) -> fx.GraphModule:
         """One of the bodies."""
@@ -101,15 +120,44 @@ class ChunkedRegion(nn.Module):
     def replace_body(self, index: int, body: fx.GraphModule) -> None:
         """Put another body of the same inputs and outputs in the place of one."""
         self.bodies[index] = body
-        self._peaks.clear()
+        self._timelines.clear()
+
+    def overwritten(self) -> dict[int, int]:
+        """The outputs that are written over an input: output to input."""
+        return {overwrite.output: overwrite.input for overwrite in self.overwrites}
 
     def memory_peak(self, rounding: int) -> int:
         """Bytes that the largest chunk takes beside the region's inputs and outputs."""
-        if rounding not in self._peaks:
+        lines = self.timelines(rounding)
+        peaks = [line.peak_bytes + copied_bytes(self.body(index).graph) for index, line in enumerate(lines)]
+        waiting = [self.waiting_bytes(index, rounding) for index in range(len(lines))]
+        highest = before = 0
+        for chunk in self.chunks:
+            highest = max(highest, before + peaks[chunk.body])
+            before = waiting[chunk.body]
+        return highest
+
+    def waiting_bytes(self, index: int, rounding: int) -> int:
+        """Bytes that the results of a body hold which are not written before the next chunk is computed."""
+        returned, line = outputs(self.body(index).graph), self.timelines(rounding)[index]
+        owners = {o for w in self.overwrites if w.delay for o in line.owners.get(returned[w.output], ())}
+        return sum(line.left_bytes(owner) for owner in owners)
+
+    def timelines(self, rounding: int) -> list[Timeline]:
+        """The liveness of each body."""
+        if rounding not in self._timelines:
             graphs = [self.body(index).graph for index in range(len(self.bodies))]
-            peaks = [timeline(graph, cuda=rounding > 1).peak_bytes + copied_bytes(graph) for graph in graphs]
-            self._peaks[rounding] = max(peaks)
-        return self._peaks[rounding]
+            self._timelines[rounding] = [timeline(graph, cuda=rounding > 1) for graph in graphs]
+        return self._timelines[rounding]
+
+    def makes_its_own(self, output: int, rounding: int) -> bool:
+        """Whether no chunk's part of an output lives in the storage of an input."""
+        bodies = zip(self.timelines(rounding), map(self.body, range(len(self.bodies))), strict=True)
+        return all(line.owners.get(outputs(body.graph)[output]) for line, body in bodies)
+
+
+_Part = tuple[Slice, torch.Tensor]
+"""A chunk's part of an output, and where it goes."""
 
 
 def copied_bytes(graph: fx.Graph) -> int:
@@ -132,13 +180,22 @@ def _write(result: torch.Tensor, write: Slice, part: torch.Tensor) -> None:
     target.copy_(part.unflatten(axis.dim, factors))
 
 
-def build_region(region: Region, count: int, flops_of: dict[fx.Node, int]) -> ChunkedRegion:
+def build_region(
+    region: Region,
+    count: int,
+    flops_of: dict[fx.Node, int],
+    *,
+    candidates: Sequence[tuple[int, int]] = (),
+    rounding: int = 1,
+) -> ChunkedRegion:
     """The module that computes a region in `count` chunks.
 
     Args:
         region: as `trace_region` found it.
         count: at most the number of positions.
         flops_of: FLOPs of the whole body's nodes, from which those of the chunks are taken in proportion.
+        candidates: outputs and inputs, by number, of which the one may be written over the other (`in_place`).
+        rounding: the device's, as `memory_peak` has it.
     """
     bodies: dict[Hashable, tuple[int, fx.GraphModule]] = {}
     chunks = []
@@ -149,7 +206,7 @@ def build_region(region: Region, count: int, flops_of: dict[fx.Node, int]) -> Ch
             (Fraction(flops_of.get(n, 0) * (stop - start), region.axes[n].size) for n, (start, stop) in ranges.items()),
             Fraction(0),
         )
-        reads = _reads(region, ranges)
+        reads = reads_of(region, ranges)
         key = _sizes_and_borders(region, ranges, index, count)
         if key not in bodies:
             bodies[key] = (len(bodies), _build_body(region, ranges, reads, index, count))
@@ -160,37 +217,23 @@ def build_region(region: Region, count: int, flops_of: dict[fx.Node, int]) -> Ch
             Slice(region.inputs.index(source), axis, start, stop) for (source, axis), (start, stop) in reads.items()
         )
         chunks.append(Chunk(bodies[key][0], slices, writes))
-    outputs = tuple(
+    allocations = tuple(
         Allocation(tuple(value.shape), value.stride(), value.dtype, value.device)
         for value in map(allocated, region.outputs)
     )
     label = f"{region.axis} in {count} chunks"
-    return ChunkedRegion([body for _, body in bodies.values()], tuple(chunks), outputs, label=label, flops=int(flops))
+    module = ChunkedRegion(
+        [body for _, body in bodies.values()], tuple(chunks), allocations, label=label, flops=int(flops)
+    )
+    candidates = [pair for pair in candidates if module.makes_its_own(pair[0], rounding)]
+    module.overwrites = overwrites(region, count, candidates, range(count))
+    return module
 
 
 def allocated(node: fx.Node) -> torch.Tensor:
     """A fake tensor laid out as a region allocates an output: in the same order of dimensions, without gaps."""
     with torch.no_grad():
         return torch.empty_like(full_value(node))
-
-
-_Reads = dict[tuple[fx.Node, Axis | None], tuple[int, int]]
-
-
-def _reads(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> _Reads:
-    """Which slices of the inputs a chunk reads; one that is read along two axes, or also whole, is read so often."""
-    reads: _Reads = {}
-    for node in region.body:
-        for source, need in region.needs[node].items():
-            if source in region.axes:
-                continue
-            if need is None:
-                reads[source, None] = (0, 0)
-                continue
-            low, high = need.reach.of(*ranges[node], need.axis.size)
-            known = reads.get((source, need.axis), (low, high))
-            reads[source, need.axis] = (min(low, known[0]), max(high, known[1]))
-    return reads
 
 
 def _sizes_and_borders(region: Region, ranges: dict[fx.Node, tuple[int, int]], index: int, count: int) -> Hashable:
@@ -200,7 +243,7 @@ def _sizes_and_borders(region: Region, ranges: dict[fx.Node, tuple[int, int]], i
     (padding), and on how a range lies to the grid of a scaled one.
     """
     key: list[Hashable] = []
-    reads = _reads(region, ranges)
+    reads = reads_of(region, ranges)
     for node in region.body:
         start, stop = ranges[node]
         key.append(stop - start)
@@ -225,7 +268,7 @@ def _sticking_out(reach: Reach, start: int, stop: int, low: int, high: int) -> I
 
 
 def _build_body(
-    region: Region, ranges: dict[fx.Node, tuple[int, int]], reads: _Reads, index: int, count: int
+    region: Region, ranges: dict[fx.Node, tuple[int, int]], reads: Reads, index: int, count: int
 ) -> fx.GraphModule:
     graph = fx.Graph()
     held: dict[tuple[fx.Node, Axis | None], tuple[fx.Node, int]] = {}  # what the body has, and from which position on

@@ -5,11 +5,13 @@ Used to compare plans with each other, never as a promise of milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from lightcache_fx.axis_rules.registry import bound_arguments
 from lightcache_fx.graphs import is_view, num_bytes, placeholders, tensors_of
 
 
@@ -58,3 +60,35 @@ def traffic(node: fx.Node) -> tuple[int, int]:
     if is_view(node):
         return 0, 0
     return num_bytes(node), sum(map(num_bytes, node.all_input_nodes))
+
+
+_CONVOLUTIONS = {getattr(torch.ops.aten, f"conv{rank}d").default for rank in (1, 2, 3)}
+_UNFOLDED = 3.0
+"""Time of torch's own CPU convolution, which unfolds its input, over oneDNN's (30 MiB, 3-D: 60 ms over 18)."""
+
+
+def slowdown(node: fx.Node, shape: Sequence[int]) -> float:
+    """How many times longer than oneDNN's a convolution on the CPU takes when its input has this shape.
+
+    torch chooses the kernel by size, by a rule of thumb that small inputs fail: a chunk may run on another kernel than
+    the whole. Source: `ConvParams::use_mkldnn` in native/Convolution.cpp.
+    """
+    if node.target not in _CONVOLUTIONS:
+        return 1.0
+    args = bound_arguments(node)
+    source, weight = (args[name].meta["val"] for name in ("input", "weight"))
+    bias = args["bias"].meta["val"] if args["bias"] is not None else None
+    rank = weight.dim() - 2
+
+    def each(value: int | Sequence[int] | str) -> list[int]:
+        values = [0] if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+        return values * rank if len(values) == 1 else values
+
+    with torch.no_grad():
+        part = source.new_empty(shape)
+    settings = [each(args[name]) for name in ("stride", "padding", "dilation")]
+    groups, bias_shape = args["groups"], None if bias is None else bias.shape
+    choice = torch._C._select_conv_backend(  # noqa: SLF001 - the choice that the kernel's dispatcher makes
+        part, weight, bias, *settings, False, [0] * rank, groups, bias_shape
+    )
+    return _UNFOLDED if choice.name.startswith("Slow") else 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lightcache_fx.axes import Axis
-from lightcache_fx.chunk_memory import Chosen, Memory, body_peak, chunk_seconds
+from lightcache_fx.chunk_memory import Chosen, Memory, estimated, exactly
 from lightcache_fx.errors import RegionError, nearest
 from lightcache_fx.graphs import describe, module_stack
 from lightcache_fx.policy import Region as PolicyRegion
@@ -69,4 +69,4 @@ def _in_chunks_of(memory: Memory, size: int, begin: int, end: int, axis: Axis) -
     """The calls from `begin` to `end` in chunks of `size` positions, or in fewer where another output has fewer."""
     region = trace_region(memory.order[begin : end + 1], axis)
     count = region.counts([-(-axis.size // size)])[0]
-    return Chosen(begin, end, region, count, body_peak(memory, region, count), chunk_seconds(memory, region, count))
+    return exactly(memory, estimated(memory, region, begin, end, count))

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 from lightcache_fx.graphs import input_of, is_mark, module_path
-from lightcache_fx.plan import format_bytes
+from lightcache_fx.units import format_bytes
 from lightcache_fx.workspaces import attention_on_cuda, workspace_bytes
 
 CUDA_BLOCK = 512  # c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize
@@ -58,6 +59,14 @@ class HasWorkspace(Protocol):
 
     def memory_peak(self, rounding: int) -> int:
         """Bytes of its temporaries at their peak, outputs excluded; every allocation rounded up to `rounding` bytes."""
+
+
+@runtime_checkable
+class WritesOverInputs(Protocol):
+    """A module called from a graph that makes some of its outputs in its inputs' place."""
+
+    def overwritten(self) -> Mapping[int, int]:
+        """The outputs that are written into an input's storage instead of one of their own: output to input."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,8 @@ class Timeline:
         peak_node: the call during which it is, or None for a program that allocates nothing.
         held_bytes: bytes of the inputs by kind: weight, constant, user, slot, hoisted.
         blocks: everything that is allocated.
+        owners: for each call, those whose storages its value lives in; what lives in the caller's has none.
+        strides: for each call, of each of its results; None where one is not a tensor.
         assumed: calls that cannot run with fake tensors (opaque modules, sizes that depend on data); they count as one
             fresh storage for each output, its size at its upper bound.
         cuda: whether it is predicted for a CUDA device.
@@ -140,6 +151,8 @@ class Timeline:
     peak_node: fx.Node | None
     held_bytes: Mapping[str, int]
     blocks: tuple[Block, ...]
+    owners: Mapping[fx.Node, frozenset[fx.Node]]
+    strides: Mapping[fx.Node, tuple[tuple[int, ...] | None, ...]]
     assumed: tuple[fx.Node, ...]
     cuda: bool = False
 
@@ -147,6 +160,19 @@ class Timeline:
     def rounding(self) -> int:
         """Every allocation is rounded up to a multiple of so many bytes."""
         return CUDA_BLOCK if self.cuda else 1
+
+    def left_bytes(self, node: fx.Node) -> int:
+        """Bytes of the storages that a call leaves behind."""
+        return self._left.get(node, 0)
+
+    @cached_property
+    def _left(self) -> dict[fx.Node, int]:
+        ended = {step.node: step.ended for step in self.steps}
+        found: dict[fx.Node, int] = {}
+        for block in self.blocks:
+            if not block.workspace and block.died > ended[block.node]:
+                found[block.node] = found.get(block.node, 0) + block.num_bytes
+        return found
 
     def live_at(self, moment: int) -> list[Block]:
         """What is live at a moment, largest first."""
@@ -216,6 +242,8 @@ class _Run:
         self.rounding = CUDA_BLOCK if self.kind == "cuda" else 1
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = _Tracker(self.mode, self.kind, self.rounding)
+        self.owners: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.strides: dict[fx.Node, tuple[tuple[int, ...] | None, ...]] = {}
         self.assumed: list[fx.Node] = []
 
     def timeline(self) -> Timeline:
@@ -236,7 +264,9 @@ class _Run:
         highest = max(steps, key=lambda step: step.peak, default=None)
         peak = highest.peak if highest is not None else 0
         where = highest.node if highest is not None and peak else None
-        return Timeline(tuple(steps), peak, where, held, blocks, tuple(self.assumed), cuda=self.kind == "cuda")
+        return Timeline(
+            tuple(steps), peak, where, held, blocks, self.owners, self.strides, tuple(self.assumed), self.kind == "cuda"
+        )
 
     def run(self, graph: fx.Graph, arguments: Sequence[Any], steps: list[Step] | None) -> Any:
         """Run a graph as its generated code does, arguments held by the caller; steps are noted for the outermost."""
@@ -253,6 +283,9 @@ class _Run:
             else:
                 before = self.tracker.begin(node) if steps is not None else 0
                 values[node] = self.call(node, values)
+                if steps is not None:
+                    self.owners[node] = self.tracker.owners(values[node])
+                    self.strides[node] = _strides(values[node])
                 self.tracker.now += 1  # what dies within the call dies before what the call uses last
                 for used in last_uses.get(node, ()):
                     if used.op != "placeholder":
@@ -288,15 +321,20 @@ class _Run:
         assert owner is not None
         module = owner.get_submodule(str(node.target))
         if isinstance(module, HasWorkspace):
-            return self.fresh(node, module.memory_peak(self.rounding))
+            overwritten = module.overwritten() if isinstance(module, WritesOverInputs) else {}
+            return self.fresh(node, module.memory_peak(self.rounding), overwritten, args)
         if isinstance(module, fx.GraphModule):
             return self.run(module.graph, args, None)
         self.assumed.append(node)
         return self.fresh(node)
 
-    def fresh(self, node: fx.Node, workspace: int = 0) -> Any:
-        """New storages for a call's outputs, by its metadata."""
+    def fresh(
+        self, node: fx.Node, workspace: int = 0, overwritten: Mapping[int, int] | None = None, args: Sequence[Any] = ()
+    ) -> Any:
+        """New storages for a call's outputs, by its metadata, but for those that are written over an argument."""
         outputs = self.fake(node.meta.get("val"))
+        if overwritten:
+            outputs = [args[overwritten[i]] if i in overwritten else output for i, output in enumerate(outputs)]
         self.tracker.note(outputs, workspace)
         return outputs
 
@@ -322,6 +360,11 @@ class _Run:
 
     def device(self, _: torch.device) -> torch.device:
         return torch.device(self.kind)
+
+
+def _strides(value: Any) -> tuple[tuple[int, ...] | None, ...]:
+    leaves = pytree.tree_leaves(value)
+    return tuple(leaf.stride() if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -407,6 +450,11 @@ class _Tracker(TorchDispatchMode):
             self._blocks.append(Block(self._node, workspace, self.now, self.now + 1, workspace=True))
         if self.live + workspace > self._peak:
             self._peak, self._peak_at = self.live + workspace, self.now
+
+    def owners(self, value: Any) -> frozenset[fx.Node]:
+        """The calls that allocated the storages that a value lives in."""
+        keys = (_key(tensor.untyped_storage()) for tensor in _tensors(value))
+        return frozenset(self._open[key][0] for key in keys if key in self._open)
 
     def _watch(self, storage: Any) -> None:
         key = _key(storage)

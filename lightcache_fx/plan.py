@@ -18,6 +18,7 @@ from lightcache_fx.hoisting import HoistPlan, plan_hoisting
 from lightcache_fx.passes.split_run_invariants import split_run_invariants
 from lightcache_fx.policy import Policy
 from lightcache_fx.schedule import Schedule
+from lightcache_fx.units import format_bytes
 
 if TYPE_CHECKING:
     from lightcache_fx.chunk_planner import ChunkPlan
@@ -163,16 +164,6 @@ def _candidate_table(candidates: tuple[CutChoice, ...], full_flops: int) -> Tabl
 
 def _work(flops: int, full_flops: int) -> tuple[str, str]:
     return f"{flops / 1e9:.3f}", f"{flops / full_flops:.1%}" if full_flops else "-"
-
-
-def format_bytes(count: int) -> str:
-    """`281.2 MiB`."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:

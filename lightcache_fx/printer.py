@@ -215,7 +215,9 @@ def _format_call(node: fx.Node) -> str:
         case "get_attr":
             return f"attribute {json.dumps(node.target)}"
         case "call_module" if "lightcache_region" in node.meta:
-            return f"region {json.dumps(node.target)} [{node.meta['lightcache_region'].label}]{in_brackets}"
+            region = node.meta["lightcache_region"]
+            over = "".join(f"; result {w.output} over {arguments[w.input]}" for w in region.overwrites)
+            return f"region {json.dumps(node.target)} [{region.label}{over}]{in_brackets}"
         case "call_module":
             return f"module {json.dumps(node.target)}{in_brackets}"
         case "call_method":

@@ -25,7 +25,8 @@ from lightcache_fx.passes.remove_dead_code import remove_dead_code
 from lightcache_fx.passes.remove_marks import remove_marks
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
-from lightcache_fx.plan import Plan, format_bytes
+from lightcache_fx.plan import Plan
+from lightcache_fx.units import format_bytes
 
 _PLAN_TRIES = 3
 

@@ -236,6 +236,26 @@ def ranges_of(region: Region, index: int, count: int) -> dict[fx.Node, tuple[int
     return ranges
 
 
+Reads = Mapping[tuple[fx.Node, Axis | None], tuple[int, int]]
+"""Ranges of inputs of a region by input and axis; the axis of one that is read whole is None."""
+
+
+def reads_of(region: Region, ranges: Mapping[fx.Node, tuple[int, int]]) -> Reads:
+    """Which slices of the inputs a chunk reads; one that is read along two axes, or also whole, is read so often."""
+    reads: dict[tuple[fx.Node, Axis | None], tuple[int, int]] = {}
+    for node in region.body:
+        for source, need in region.needs[node].items():
+            if source in region.axes:
+                continue
+            if need is None:
+                reads[source, None] = (0, 0)
+                continue
+            low, high = need.reach.of(*ranges[node], need.axis.size)
+            known = reads.get((source, need.axis), (low, high))
+            reads[source, need.axis] = (min(low, known[0]), max(high, known[1]))
+    return reads
+
+
 def _widen(ranges: dict[fx.Node, tuple[int, int]], node: fx.Node, wanted: tuple[int, int]) -> None:
     start, stop = ranges.get(node, wanted)
     ranges[node] = (min(start, wanted[0]), max(stop, wanted[1]))

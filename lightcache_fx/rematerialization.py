@@ -11,14 +11,14 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from torch import fx
 
 from lightcache_fx.axis_rules import CannotCut, needs_of
 from lightcache_fx.chunk_memory import Memory
-from lightcache_fx.graphs import num_bytes, output_node, storage_root
+from lightcache_fx.graphs import num_bytes, output_node, storage_root, tensors_of
 from lightcache_fx.passes.recompute_values import links, passes_over
 from lightcache_fx.regions import row_axis
 
@@ -95,11 +95,18 @@ class Values:
             again = self.root[node] in streamed
             for source in node.all_input_nodes:
                 read(source, until[self.root[node]] if again else place[node])
+        kept = [node for node in order if node in self.sizes and node not in streamed and until[node] >= 0]
+        dying: dict[tuple[int, Hashable], int] = {}  # how many values of a type a call reads for the last time
+        for node in kept:
+            key = until[node], _layout(node)
+            dying[key] = dying.get(key, 0) + 1
         changes = [0] * (len(order) + 2)
-        for node, size in self.sizes.items():
-            if node not in streamed and until[node] >= 0:
-                changes[place[node]] += size
-                changes[until[node] + 1] -= size
+        for node in kept:
+            key = place[node], _layout(node)
+            over = node in self.streamable and dying.get(key, 0) > 0  # written in strips over one that dies then
+            dying[key] = dying.get(key, 0) - over
+            changes[place[node] + over] += self.sizes[node]
+            changes[until[node] + 1] -= self.sizes[node]
         return max(itertools.accumulate(changes))
 
     def seconds(self, streamed: set[fx.Node]) -> float:
@@ -130,6 +137,10 @@ class Values:
                 streamed.remove(root)
                 now -= saved
         return streamed
+
+
+def _layout(node: fx.Node) -> Hashable:
+    return tuple((str(tensor.shape), str(tensor.stride()), tensor.dtype) for tensor in tensors_of(node))
 
 
 def _in_strips(node: fx.Node) -> bool:

@@ -21,6 +21,8 @@ from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
+from lightcache_fx.norm_stats import moments_workspace
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CPU_SCALAR_BYTES = 8  # a Python number as a tensor: int64 or float64
 _TRANSPOSE_TILE = 60 * 60  # native/Copy.cpp, copy_transpose_valid: tiles of 60 x 60
@@ -435,6 +437,10 @@ def _dense_input(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[t
     return _any_layout_copy(args[0])
 
 
+def _row_moments(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
+    return moments_workspace(args[0], args[2])
+
+
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -472,4 +478,5 @@ _KERNELS: dict[str, _Kernel] = {
     "aten::avg_pool2d": _dense_input,
     "aten::avg_pool3d": _dense_input,
     "aten::max_pool2d_with_indices": _dense_input,
+    "lightcache::row_moments": _row_moments,
 }

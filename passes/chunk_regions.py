@@ -13,9 +13,11 @@ from lightcache_fx.axes import Axis
 from lightcache_fx.chunked import allocated, build_region
 from lightcache_fx.errors import PassError
 from lightcache_fx.flops import count_flops
-from lightcache_fx.graphs import calls, copy_graph
+from lightcache_fx.graphs import calls, copy_graph, describe
+from lightcache_fx.in_place import Overwrite, allocated_by, used_elsewhere
 from lightcache_fx.passes.base import Pass, PassResult, run_passes
 from lightcache_fx.passes.recompute_values import recompute_values
+from lightcache_fx.passes.record_layouts import record_layouts
 from lightcache_fx.passes.split_group_norm import split_group_norm
 from lightcache_fx.regions import Blocked, Region, trace_region
 
@@ -27,6 +29,7 @@ class PlannedRegion:
     Attributes:
         axis: how the last value that leaves them is cut.
         bodies: how each of the chunks' bodies is cut in turn; empty where it is not.
+        overwrites: outputs that are written over inputs.
     """
 
     first: str
@@ -34,6 +37,7 @@ class PlannedRegion:
     axis: Axis
     count: int
     bodies: tuple[Chunking, ...] = ()
+    overwrites: tuple[Overwrite, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Chunking:
         passes: list[tuple[str, Pass]] = [
             ("split_group_norm", partial(split_group_norm, names=self.split_norms)),
             ("recompute_values", partial(recompute_values, names=self.recomputed)),
+            *([("record_layouts", record_layouts)] if self.split_norms else []),
             ("chunk_regions", partial(chunk_regions, regions=self.regions)),
         ]
         run_passes(graph, passes)
@@ -63,7 +68,8 @@ def chunk_regions(graph: fx.Graph, *, regions: Sequence[PlannedRegion]) -> PassR
                                                  %c_1 = getitem(%region_0, 0)
 
     Tier: float rounding (bitwise where the body only moves data or is plain arithmetic). Invariants: what a chunk needs
-    whole is computed before the region; outputs keep their shapes and the order of their strides.
+    whole is computed before the region; outputs keep their shapes and the order of their strides; an output is written
+    over an input only where nobody reads the input afterwards.
     """
     flops_of = count_flops(graph) if regions else {}
     for number, planned in enumerate(regions):
@@ -101,8 +107,24 @@ def chunked_body(body: fx.GraphModule, chunking: Chunking) -> fx.GraphModule:
     return fx.GraphModule(modules, graph, class_name="Body")
 
 
+def _check_overwrites(graph: fx.Graph, region: Region, planned: PlannedRegion, found: tuple[Overwrite, ...]) -> None:
+    """Refuse to write over what is read later, returned, not the program's own, or shared by inputs."""
+    where = f"chunk_regions: %{planned.first} .. %{planned.last}"
+    if found != planned.overwrites:
+        raise PassError(f"{where}: the plan writes {planned.overwrites} over inputs, here only {found} can be")
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    last = next(place[node] for node in graph.nodes if node.name == planned.last)
+    for source in (region.inputs[overwrite.input] for overwrite in found):
+        held = allocated_by(source).op in ("placeholder", "get_attr")
+        if held or used_elsewhere(source, region, place, last):
+            why = "it is the caller's" if held else "it is read later, or by the region as another input"
+            raise PassError(f"{where}: cannot write over {describe(source)}: {why}")
+
+
 def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, flops_of: dict[fx.Node, int]) -> None:
-    module = build_region(region, planned.count, flops_of)
+    pairs = [(overwrite.output, overwrite.input) for overwrite in planned.overwrites]
+    module = build_region(region, planned.count, flops_of, candidates=pairs)
+    _check_overwrites(graph, region, planned, module.overwrites)
     for index, chunking in enumerate(planned.bodies):
         module.replace_body(index, chunked_body(module.body(index), chunking))
     if graph.owning_module is not None:

@@ -6,6 +6,7 @@ from torch import fx
 
 from lightcache_fx.passes.base import Pass, run_passes
 from lightcache_fx.passes.inline_modes import inline_modes
+from lightcache_fx.passes.record_layouts import record_layouts
 from lightcache_fx.passes.remove_asserts import remove_asserts
 from lightcache_fx.passes.remove_dead_code import remove_dead_code
 from lightcache_fx.passes.remove_dropout import remove_dropout
@@ -17,6 +18,7 @@ NORMALIZE: list[tuple[str, Pass]] = [
     ("remove_dropout", remove_dropout),
     ("remove_noops", remove_noops),
     ("remove_dead_code", remove_dead_code),
+    ("record_layouts", record_layouts),
 ]
 
 

@@ -46,9 +46,11 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
     ones = [1] * (tensor.dim() - 2)
 
     def call(target: object, *args: object, **kwargs: object) -> fx.Node:
-        new = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+        # Named after the norm, so that plans hold whichever other norms are split.
+        new = graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_{_short(target)}")  # type: ignore[arg-type]
         new.meta["val"] = evaluate(target, args, kwargs)  # type: ignore[arg-type]
         new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        new.meta["lightcache_split_norm"] = node.name
         return new
 
     def wide(source: fx.Node) -> fx.Node:
@@ -80,6 +82,10 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
             result = call(aten._to_copy.default, result, dtype=tensor.dtype)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _short(target: object) -> str:
+    return target.__name__.partition(".")[0].strip("_") if hasattr(target, "__name__") else str(target)
 
 
 def _row_dim(tensor: torch.Tensor) -> int:

@@ -23,6 +23,12 @@ def _row_moments(call: Call) -> Needs:
     return [call.same("value", call.args["dim"] if call.axis.dim == 0 else 0)]
 
 
+@rule(torch.ops.lightcache.join_moments.default)
+def _join_moments(call: Call) -> Needs:
+    """(rows, samples, groups, 2) -> (samples, groups), twice."""
+    return [call.same("moments", call.axis.dim + 1)]
+
+
 @rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)
 def _layer_norm(call: Call) -> Needs:
     if call.axis.dim >= len(call.sizes("input")) - len(call.args["normalized_shape"]):

@@ -273,6 +273,7 @@ NORM = [
     case(aten.group_norm.default, BCHW, 2, draw(4), draw(4), dims={0}, exact=False),
     case(aten.native_group_norm.default, BCHW, draw(4), draw(4), 2, 4, 48, 2, 1e-5, dims={0}, exact=False),
     case(torch.ops.lightcache.row_moments.default, BCHW, 2, 2, dims={0, 1}, exact=False),
+    case(torch.ops.lightcache.join_moments.default, draw(6, 4, 2, 2).abs(), 1e-5, dims={0, 1}, exact=False),
     case(aten.layer_norm.default, BLC, [8], draw(8), draw(8), dims={0, 1}, exact=False),
     case(aten.layer_norm.default, BLC, [6, 8], dims={0}, exact=False),
     case(aten.native_layer_norm.default, BLC, [8], draw(8), draw(8), 1e-5, dims={0, 1}, exact=False),
