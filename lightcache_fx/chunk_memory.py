@@ -10,16 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
 from torch import fx
 
 from lightcache_fx.axes import Axis, Need
 from lightcache_fx.axis_rules import CannotCut, needs_of
 from lightcache_fx.chunked import allocated, build_region
-from lightcache_fx.costs import Machine, machine_of, slowdown, traffic
+from lightcache_fx.costs import Machine, is_free, machine_of, slowdown
 from lightcache_fx.flops import count_flops
-from lightcache_fx.graphs import calls, num_bytes, output_node, tensors_of
-from lightcache_fx.in_place import Overwrite, overwrites, used_elsewhere
+from lightcache_fx.graphs import calls, concrete_size, num_bytes, output_node, tensors_of
+from lightcache_fx.in_place import Overwrite, laid_out_alike, overwrites, used_elsewhere
 from lightcache_fx.liveness import Timeline, timeline
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
 from lightcache_fx.regions import Region, full_value, ranges_of
@@ -86,7 +85,7 @@ class Memory:
             (output, index)
             for output, node in enumerate(region.outputs)
             for index, value in sole.items()
-            if _same_layout(value, allocated(node))
+            if laid_out_alike(value, allocated(node))
         ]
 
     def _is_alone(self, source: fx.Node, region: Region, end: int) -> bool:
@@ -103,12 +102,15 @@ class Memory:
     @cached_property
     def seconds(self) -> dict[fx.Node, float]:
         """Predicted time of each call."""
-        found = {}
+        found, machine = {}, self.machine
         for node in self.order:
-            written, read = traffic(node)
-            busy = written or self.flops.get(node, 0)
-            flops = self.flops.get(node, 0) * self.slowdown(node, None)
-            found[node] = self.machine.seconds(flops, written + read) if busy else 0.0
+            flops = self.flops.get(node, 0)
+            if is_free(node, flops):
+                found[node] = 0.0
+                continue
+            moving = sum(map(machine.moving, (num_bytes(node), *map(num_bytes, node.all_input_nodes))))
+            allocating = machine.allocating(self.own[node]) + machine.allocating(self.extra[node])
+            found[node] = machine.seconds(flops * self.slowdown(node, None), moving) + allocating
         return found
 
     def slowdown(self, node: fx.Node, part: tuple[Axis, int] | None) -> float:
@@ -280,14 +282,8 @@ def exactly(memory: Memory, chosen: Chosen) -> Chosen:
     region, rounding = chosen.region, memory.timeline.rounding
     candidates = memory.replaceable(region, chosen.end)
     module = build_region(region, chosen.count, {}, candidates=candidates, rounding=rounding)
-    seconds = chunk_seconds(memory, region, chosen.count)
-    peak = module.memory_peak(rounding)
-    return replace(chosen, body_peak=peak, seconds=seconds, overwrites=module.overwrites)
-
-
-def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
-    layouts = [(value.shape, value.stride(), value.dtype, value.device) for value in (one, other)]
-    return layouts[0] == layouts[1]
+    exact = replace(chosen, body_peak=module.memory_peak(rounding), overwrites=module.overwrites)
+    return replace(exact, seconds=chunk_seconds(memory, exact))
 
 
 def _copied_inputs(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> int:
@@ -311,20 +307,45 @@ def _part(region: Region, node: fx.Node, ranges: Mapping[fx.Node, tuple[int, int
     return need.axis, high - low
 
 
-def chunk_seconds(memory: Memory, region: Region, count: int) -> float:
-    """Predicted time of a region in `count` chunks beyond that of the same nodes unchunked."""
+def _run_bytes(node: fx.Node, axis: Axis, positions: int) -> int:
+    """Bytes that lie in a row in a slice of a value: a few where its innermost dimension is cut."""
+    value = tensors_of(node)[0]
+    return max(1, positions) * axis.inner * max(1, concrete_size(value.stride()[axis.dim])) * value.element_size()
+
+
+def chunk_seconds(memory: Memory, chosen: Chosen) -> float:
+    """Predicted time of a region in chunks beyond that of the same nodes unchunked."""
+    region, count, machine = chosen.region, chosen.count, memory.machine
     ranges = ranges_of(region, (count - 1) // 2, count)
-    machine = memory.machine
+
+    def share(node: fx.Node) -> float:
+        start, stop = ranges[node]
+        return (stop - start) / region.axes[node].size
+
+    def reading(node: fx.Node, source: fx.Node) -> float:
+        need, size = region.needs[node].get(source), num_bytes(source)
+        if need is None:
+            return machine.moving(size)
+        if source in region.axes:
+            return machine.moving(size * share(source))
+        low, high = need.reach.of(*ranges[node], need.axis.size)
+        part = size * (high - low) / need.axis.size
+        run = _run_bytes(source, need.axis, high - low)
+        return machine.moving(part) if size <= machine.cache else machine.slicing(part, run)
+
     total = 0.0
     for node in region.body:
-        written, read = traffic(node)
-        if not (written or memory.flops.get(node, 0)):
+        flops = memory.flops.get(node, 0)
+        if is_free(node, flops):
             continue
-        start, stop = ranges[node]
-        share = (stop - start) / region.axes[node].size
-        whole = sum(num_bytes(s) for s, need in region.needs[node].items() if need is None)
-        moved = (written + read - whole) * share + whole
-        flops = memory.flops.get(node, 0) * share * memory.slowdown(node, _part(region, node, ranges))
-        total += count * machine.seconds(flops, moved) - memory.seconds[node]
-    copies = 2 * sum(map(num_bytes, region.outputs)) + 2 * count * _copied_inputs(region, ranges)
-    return total + copies / machine.bytes + count * len(region.outputs) * machine.launch
+        flops *= share(node) * memory.slowdown(node, _part(region, node, ranges))
+        moving = machine.moving(num_bytes(node) * share(node)) + sum(reading(node, s) for s in node.all_input_nodes)
+        allocating = (machine.allocating(size[node] * share(node)) for size in (memory.own, memory.extra))
+        total += count * (machine.seconds(flops, moving) + sum(allocating)) - memory.seconds[node]
+    over = {overwrite.output for overwrite in chosen.overwrites}
+    for index, node in enumerate(region.outputs):
+        size, axis = num_bytes(node), region.axes[node]
+        run = _run_bytes(node, axis, axis.size // count)
+        total += count * (machine.moving(size / count) + machine.launch) + machine.slicing(size, run)
+        total += 0.0 if index in over else machine.allocating(size)
+    return total + 2 * count * machine.moving(_copied_inputs(region, ranges))

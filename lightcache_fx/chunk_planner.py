@@ -21,7 +21,8 @@ from lightcache_fx.chunk_search import PlanBody, Search
 from lightcache_fx.explicit_regions import frame_by_frame, regions_of_module
 from lightcache_fx.graphs import copy_graph, tensors_of
 from lightcache_fx.liveness import timeline
-from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, find_region
+from lightcache_fx.norm_splits import fewest_splits, norms_near_peaks, seconds_without_regions
+from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, chunked_copy
 from lightcache_fx.passes.split_group_norm import group_norms
 from lightcache_fx.policy import Region
 from lightcache_fx.rematerialization import recomputations
@@ -114,16 +115,10 @@ def _plan_in_stages(graph: fx.Graph, request: Request) -> ChunkPlan:
         Chunking(norms, recomputed).apply(prepared)
         plan = plan_chunks(prepared, request)
         added = plan.seconds_added + plan.seconds_before - plain.seconds_before
-        found = replace(
+        return replace(
             plan, split_norms=norms, recomputed=recomputed, peak_before=plain.peak_before,
             seconds_before=plain.seconds_before, seconds_added=added,
         )  # fmt: skip
-        cut = norms_cut_across(prepared, found)
-        needed = tuple(name for name in norms if name in cut or name in near)
-        if not found.fits or needed == norms:
-            return found
-        narrowed = after(needed, recomputed)
-        return narrowed if narrowed.fits else found
 
     def settings() -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
         """Norms to split and values to compute again, the cheapest first."""
@@ -144,31 +139,20 @@ def _plan_in_stages(graph: fx.Graph, request: Request) -> ChunkPlan:
         )  # fmt: skip
         best = min(best, found, key=lambda plan: plan.peak_after)
         if best.fits:
-            break
+            return _less_split(graph, best, request.cuda)
     return best
 
 
-def norms_near_peaks(
-    graph: fx.Graph, norms: Sequence[str], budget: int, *, cuda: bool | None = None
-) -> tuple[str, ...]:
-    """Of some norms, those between which and the norm before or behind more than the budget is live."""
-    wanted, near = set(norms), []
-    before = ""
-    high = False  # since the norm before
-    for step in timeline(graph, cuda=cuda).steps:
-        high |= step.peak > budget
-        if step.node.name in wanted:
-            near += [before, step.node.name] if high else []
-            before, high = step.node.name, step.peak > budget
-    near += [before] if high else []
-    return tuple(name for name in norms if name in near)
-
-
-def norms_cut_across(graph: fx.Graph, plan: ChunkPlan) -> tuple[str, ...]:
-    """Of the norms that a plan splits, those of which some part is in a region; the others may stay in one piece."""
-    bodies = (find_region(graph, region).body for region in plan.regions)
-    cut = {node.meta.get("lightcache_split_norm") for body in bodies for node in body}
-    return tuple(name for name in plan.split_norms if name in cut)
+def _less_split(graph: fx.Graph, plan: ChunkPlan, cuda: bool | None) -> ChunkPlan:
+    """A plan that fits with as few norms split as its regions allow."""
+    fewer = fewest_splits(graph, plan.chunking, plan.budget, cuda=cuda)
+    if fewer.split_norms == plan.split_norms:
+        return plan
+    peak = timeline(chunked_copy(graph, fewer).graph, cuda=cuda).peak_bytes
+    before, after = (seconds_without_regions(graph, chunking, cuda=cuda) for chunking in (plan.chunking, fewer))
+    return replace(
+        plan, split_norms=fewer.split_norms, peak_after=peak, seconds_added=plan.seconds_added - before + after
+    )
 
 
 def plan_chunks(graph: fx.Graph, request: Request) -> ChunkPlan:

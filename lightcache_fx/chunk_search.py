@@ -27,6 +27,8 @@ _COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 _NEAR = 3
 _NESTED_TRIES = 1
 _TRIES = 6
+_SMALLER = 8
+"""Every other of so many larger numbers of chunks is looked at for a faster one."""
 _ENOUGH = 3
 """So many stretches that fit end the search for longer ones."""
 
@@ -134,17 +136,22 @@ class Search:
         return exact, beside + peak
 
     def fitted(self, begin: int, end: int, axis: Axis, least: int = 2) -> Chosen | None:
-        """The region with the fewest chunks that fits, by its bodies' own liveness; None where none does."""
+        """The region that fits by its bodies' own liveness, in the fewest chunks or faster ones; None if none does."""
         try:
             region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
         except Blocked:
             return None
-        for count in region.counts(count for count in _COUNTS if count >= least):
+        counts = iter(region.counts(count for count in _COUNTS if count >= least))
+        for count in counts:
             trial, reached = self.estimate(region, begin, end, count)
             if reached <= self.budget:
                 trial, reached = self.exactly(trial)
                 if reached <= self.budget:
-                    return trial
+                    smaller = min(self.smaller(trial, counts), key=lambda entry: entry[0].seconds, default=None)
+                    if smaller is None or smaller[0].seconds >= trial.seconds:
+                        return trial
+                    exact, reached = self.exactly(smaller[0])
+                    return exact if reached <= self.budget else trial
         return None
 
     def exactly(self, candidate: Chosen) -> tuple[Chosen, int]:
@@ -204,9 +211,10 @@ class Search:
         return highest
 
     def sized(self, region: Region, begin: int, end: int) -> tuple[Chosen, int] | None:
-        """The fewest chunks that fit the budget, or the most that still lower the peak."""
+        """The fewest chunks that fit the budget, or faster ones, or else the most that still lower the peak."""
         last: tuple[Chosen, int] | None = None
-        for count in region.counts(_COUNTS):
+        counts = iter(region.counts(_COUNTS))
+        for count in counts:
             trial, reached = self.estimate(region, begin, end, count)
             if last is None or reached < last[1]:
                 last = (trial, reached)
@@ -214,7 +222,15 @@ class Search:
                 break
         if last is None or last[1] >= 0.99 * self.peak:
             return None
-        return replace(last[0], seconds=chunk_seconds(self.memory, region, last[0].count)), last[1]
+        fewest = replace(last[0], seconds=chunk_seconds(self.memory, last[0])), last[1]
+        return min((fewest, *self.smaller(fewest[0], counts)), key=lambda entry: entry[0].seconds)
+
+    def smaller(self, fitting: Chosen, counts: Iterable[int]) -> Iterator[tuple[Chosen, int]]:
+        """The same region in more chunks that fit too, with their times: caches may hold them."""
+        for count in itertools.islice(counts, 1, _SMALLER, 2):
+            trial, reached = self.estimate(fitting.region, fitting.begin, fitting.end, count)
+            if reached <= self.budget:
+                yield replace(trial, seconds=chunk_seconds(self.memory, trial)), reached
 
     def live_before(self, index: int) -> int:
         """Bytes live before a call, or before the region that it is in; 0 behind the last."""

@@ -5,6 +5,7 @@ Used to compare plans with each other, never as a promise of milliseconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,24 +22,49 @@ class Machine:
 
     Attributes:
         flops: a multiply-add counts as two.
-        bytes: read or written.
+        bytes: read or written, from and to memory.
         launch: seconds that an operation costs at least.
+        cache: tensors of up to so many bytes are found in a cache by the operation that reads them next.
+        cached: bytes read or written there.
+        fresh: bytes of large new allocations that are written for the first time, which the system maps page by page.
+        fresh_from: allocations of so many bytes are large: the allocator gives them back at once when they are freed.
+        run: contiguous bytes that a slice must have in a row to be read or written at full speed.
     """
 
     flops: float
     bytes: float
     launch: float
+    cache: int = 0
+    cached: float = math.inf
+    fresh: float = math.inf
+    fresh_from: int = 0
+    run: int = 1
 
-    def seconds(self, flops: float, num_bytes: float) -> float:
-        """One operation."""
-        return max(flops / self.flops, num_bytes / self.bytes) + self.launch
+    def moving(self, num_bytes: float) -> float:
+        """Seconds to read or write a tensor that has just been used, or will be."""
+        return num_bytes / (self.cached if num_bytes <= self.cache else self.bytes)
+
+    def slicing(self, part: float, run: int) -> float:
+        """Seconds to read or write a slice of something large, `part` bytes of which `run` lie in a row."""
+        return part / self.bytes * max(1.0, self.run / run)
+
+    def allocating(self, num_bytes: float) -> float:
+        """Seconds that a new tensor costs beside writing it."""
+        return num_bytes / self.fresh if num_bytes >= self.fresh_from else 0.0
+
+    def seconds(self, flops: float, moving: float) -> float:
+        """One operation, its operands and results moved in so many seconds."""
+        return max(flops / self.flops, moving) + self.launch
 
 
-CPU = Machine(flops=5e10, bytes=1e10, launch=5e-6)
-"""Two cores of a server."""
-GPU_HALF = Machine(flops=4e14, bytes=2.5e12, launch=4e-6)
+CPU = Machine(
+    flops=1.5e11, bytes=2.5e10, launch=5e-6, cache=2**22, cached=6e10, fresh=3.5e9, fresh_from=2**25, run=256
+)  # fmt: skip
+"""Two cores of a server (EPYC, 32 MiB of third-level cache) and glibc, whose M_MMAP_THRESHOLD grows to 32 MiB: measured
+with sums of 64 KiB to 128 MiB and oneDNN's convolutions."""
+GPU_HALF = Machine(flops=4e14, bytes=2.5e12, launch=4e-6, run=64)
 """NVIDIA H100, 16-bit matrix products; its data sheet has 9.9e14 FLOP/s dense and 3.35e12 bytes/s at most."""
-GPU_FLOAT = Machine(flops=5e13, bytes=2.5e12, launch=4e-6)
+GPU_FLOAT = Machine(flops=5e13, bytes=2.5e12, launch=4e-6, run=64)
 """The same, float32 without TF32."""
 
 
@@ -55,11 +81,9 @@ def machine_of(graph: fx.Graph, *, cuda: bool) -> Machine:
     return GPU_HALF if 2 * half > total else GPU_FLOAT
 
 
-def traffic(node: fx.Node) -> tuple[int, int]:
-    """Bytes that a call writes, and that it reads; none for a view."""
-    if is_view(node):
-        return 0, 0
-    return num_bytes(node), sum(map(num_bytes, node.all_input_nodes))
+def is_free(node: fx.Node, flops: int) -> bool:
+    """Whether a call neither computes nor moves anything: a view."""
+    return not flops and (is_view(node) or not num_bytes(node))
 
 
 _CONVOLUTIONS = {getattr(torch.ops.aten, f"conv{rank}d").default for rank in (1, 2, 3)}

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from lightcache_fx.graphs import is_mark, is_view
@@ -85,3 +86,9 @@ def used_elsewhere(source: fx.Node, region: Region, place: Mapping[fx.Node, int]
     users = [user for node in sharing for user in node.users if user not in region.axes]
     later = any(user.op == "output" or place[user] > last for user in users)
     return later or any(node in sharing for node in region.inputs if node is not source)
+
+
+def laid_out_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the one can stand where the other is, every stride included."""
+    layouts = [(value.shape, value.stride(), value.dtype, value.device) for value in (one, other)]
+    return layouts[0] == layouts[1]

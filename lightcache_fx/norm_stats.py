@@ -22,8 +22,8 @@ _PIECES = 8
 def row_moments(value: torch.Tensor, num_groups: int, dim: int) -> torch.Tensor:
     """Mean and variance of each group in each row, float32: (rows, samples, groups, 2).
 
-    Each channel's mean, then its centred squares' (two passes, as far as a piece reaches), then the group's from its
-    channels' (Chan, Golub and LeVeque 1979).
+    Along the last dimension the mean first, then the centred squares' (two passes, as far as a piece reaches), then
+    the group's of all of these (Chan, Golub and LeVeque 1979).
 
     Args:
         value: (samples, channels, ...), any layout.
@@ -32,22 +32,27 @@ def row_moments(value: torch.Tensor, num_groups: int, dim: int) -> torch.Tensor:
     """
     order = sorted(range(value.dim()), key=lambda d: -value.stride()[d])  # as memory is walked
     place = [order.index(d) for d in range(value.dim())]
-    inner = [place[d] for d in range(2, value.dim()) if d != dim]
-    moments: torch.Tensor = value.new_empty((value.shape[dim], value.shape[0], num_groups, 2), dtype=torch.float32)
-    pieces = _num_pieces(value, dim)
-    for rows, result in zip(value.tensor_split(pieces, dim), moments.tensor_split(pieces), strict=True):
-        wide = rows.permute(order).float()
-        means = wide.mean(inner, keepdim=True) if inner else wide
-        variances = (wide - means).square_().mean(inner, keepdim=True) if inner else torch.zeros_like(means)
+    walked, rows = value.permute(order), place[dim]
+    if dim == value.dim() - 1:
+        means, variances = walked.float(), walked.new_zeros(walked.shape, dtype=torch.float32)
+    else:
+        inner = place[-1]
+        shape = [1 if d == inner else size for d, size in enumerate(walked.shape)]
+        means, variances = (walked.new_empty(shape, dtype=torch.float32) for _ in range(2))
+        pieces = (tensor.tensor_split(_num_pieces(value, dim), rows) for tensor in (walked, means, variances))
+        for piece, mean, variance in zip(*pieces, strict=True):
+            wide = piece.float()
+            torch.mean(wide, inner, keepdim=True, out=mean)
+            torch.mean((wide - mean).square_(), inner, keepdim=True, out=variance)
 
-        def by_group(each: torch.Tensor, like: torch.Tensor = result) -> torch.Tensor:
-            """(rows, samples, groups, channels of a group)."""
-            return each.permute(place).movedim(dim, 0).reshape(*like.shape[:3], -1)
+    def by_group(each: torch.Tensor) -> torch.Tensor:
+        """(rows, samples, groups, all that is joined)."""
+        return each.permute(place).movedim(dim, 0).reshape(value.shape[dim], value.shape[0], num_groups, -1)
 
-        torch.mean(by_group(means), -1, out=result[..., 0])
-        spread = by_group(means) - result[..., :1]
-        torch.mean(by_group(variances) + spread.square_(), -1, out=result[..., 1])
-    return moments
+    means, variances = by_group(means), by_group(variances)
+    joined = means.mean(-1)
+    variance = (means - joined.unsqueeze(-1)).square_().add_(variances).mean(-1)
+    return torch.stack([joined, variance], dim=-1)
 
 
 def _num_pieces(value: torch.Tensor, dim: int) -> int:
@@ -55,13 +60,14 @@ def _num_pieces(value: torch.Tensor, dim: int) -> int:
     return min(value.shape[dim], max(_PIECES, value.numel() // most))
 
 
-def moments_workspace(value: torch.Tensor, dim: int) -> int:
+def moments_workspace(value: torch.Tensor, num_groups: int, dim: int) -> int:
     """Bytes that `row_moments` holds beside its argument and its result."""
-    rows = -(-value.shape[dim] // _num_pieces(value, dim))
-    elements = rows * (value.numel() // value.shape[dim])
-    channels = rows * value.shape[0] * value.shape[1]
+    rows = value.shape[dim]
+    elements = -(-rows // _num_pieces(value, dim)) * (value.numel() // rows)
     copies = 1 + (value.dtype != torch.float32)
-    return 4 * (copies * elements + 4 * channels) + _SCALARS
+    lines = value.numel() // (1 if dim == value.dim() - 1 else value.shape[-1])
+    before_the_result = 4 * (copies * elements + 2 * lines - 2 * rows * value.shape[0] * num_groups) + _SCALARS
+    return max(before_the_result, 4 * 3 * lines)
 
 
 @row_moments.register_fake

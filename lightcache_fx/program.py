@@ -20,6 +20,7 @@ from lightcache_fx.graphs import GraphInput, copy_graph, describe, input_of, num
 from lightcache_fx.liveness import timeline
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.passes.base import Pass, run_passes
+from lightcache_fx.passes.chunk_regions import chunked_copy
 from lightcache_fx.passes.read_cache import read_cache
 from lightcache_fx.passes.remove_dead_code import remove_dead_code
 from lightcache_fx.passes.remove_marks import remove_marks
@@ -91,21 +92,19 @@ def with_chunks(capture: Capture, plan: Plan, *, cuda: bool | None = None) -> Pl
         regions = explicit if name != "prologue" else []
         whole = fx.GraphModule(_modules(capture, graph), graph)
         request = Request(_budget(plan, name, whole.graph, cuda), regions, frames, cuda)
-        chunks[name] = _plan_exactly(capture, whole, request)
+        chunks[name] = _plan_exactly(whole, request)
         if not chunks[name].fits:
             raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
     return replace(plan, chunks=chunks)
 
 
-def _plan_exactly(capture: Capture, whole: fx.GraphModule, request: Request) -> ChunkPlan:
+def _plan_exactly(whole: fx.GraphModule, request: Request) -> ChunkPlan:
     """A chunk plan whose peak is that of the finished graph's own timeline, planned again where that is too high."""
     budget = goal = request.budget
     for _ in range(_PLAN_TRIES):
         chunk = plan_program(whole.graph, replace(request, budget=goal))
         estimate = chunk.peak_after
-        finished, _ = copy_graph(whole.graph)
-        chunk.chunking.apply(finished)
-        built = fx.GraphModule(_modules(capture, finished), finished)
+        built = chunked_copy(whole.graph, chunk.chunking)
         exact = timeline(built.graph, cuda=request.cuda).peak_bytes
         allowed = max(chunk.budget, exact) if budget is None else budget  # nothing was asked: whatever comes is right
         chunk = replace(chunk, peak_after=exact, budget=allowed)

@@ -438,7 +438,7 @@ def _dense_input(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[t
 
 
 def _row_moments(_device: str, args: Sequence[Any], _: Any, _outputs: Sequence[torch.Tensor]) -> int:
-    return moments_workspace(args[0], args[2])
+    return moments_workspace(*args[:3])
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -14,12 +14,12 @@ from lightcache_fx.chunked import allocated, build_region
 from lightcache_fx.errors import PassError
 from lightcache_fx.flops import count_flops
 from lightcache_fx.graphs import calls, copy_graph, describe
-from lightcache_fx.in_place import Overwrite, allocated_by, used_elsewhere
+from lightcache_fx.in_place import Overwrite, allocated_by, laid_out_alike, used_elsewhere
 from lightcache_fx.passes.base import Pass, PassResult, run_passes
 from lightcache_fx.passes.recompute_values import recompute_values
 from lightcache_fx.passes.record_layouts import record_layouts
 from lightcache_fx.passes.split_group_norm import split_group_norm
-from lightcache_fx.regions import Blocked, Region, trace_region
+from lightcache_fx.regions import Blocked, Region, full_value, trace_region
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,18 @@ def stretch_between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return nodes[nodes.index(first) : nodes.index(last) + 1]
 
 
-def chunked_body(body: fx.GraphModule, chunking: Chunking) -> fx.GraphModule:
-    """A copy of a chunk's body that is cut in turn."""
-    graph, _ = copy_graph(body.graph)
-    chunking.apply(graph)
-    modules = {str(n.target): n.meta["lightcache_region"] for n in graph.nodes if "lightcache_region" in n.meta}
-    return fx.GraphModule(modules, graph, class_name="Body")
+def chunked_copy(graph: fx.Graph, chunking: Chunking) -> fx.GraphModule:
+    """A copy of a graph with everything carried out; what it calls by name is found in the graph's own module."""
+    copied, _ = copy_graph(graph)
+    chunking.apply(copied)
+    modules = {
+        str(node.target): node.meta["lightcache_region"]
+        if "lightcache_region" in node.meta
+        else operator.attrgetter(str(node.target))(graph.owning_module)
+        for node in copied.nodes
+        if node.op in ("call_module", "get_attr")
+    }
+    return fx.GraphModule(modules, copied, class_name="Chunked")
 
 
 def _check_overwrites(graph: fx.Graph, region: Region, planned: PlannedRegion, found: tuple[Overwrite, ...]) -> None:
@@ -119,6 +125,10 @@ def _check_overwrites(graph: fx.Graph, region: Region, planned: PlannedRegion, f
         if held or used_elsewhere(source, region, place, last):
             why = "it is the caller's" if held else "it is read later, or by the region as another input"
             raise PassError(f"{where}: cannot write over {describe(source)}: {why}")
+    for overwrite in found:
+        source, output = region.inputs[overwrite.input], region.outputs[overwrite.output]
+        if not laid_out_alike(full_value(source), allocated(output)):
+            raise PassError(f"{where}: cannot write %{output.name} over {describe(source)}: their layouts differ")
 
 
 def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, flops_of: dict[fx.Node, int]) -> None:
@@ -126,7 +136,7 @@ def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, 
     module = build_region(region, planned.count, flops_of, candidates=pairs)
     _check_overwrites(graph, region, planned, module.overwrites)
     for index, chunking in enumerate(planned.bodies):
-        module.replace_body(index, chunked_body(module.body(index), chunking))
+        module.replace_body(index, chunked_copy(module.body(index).graph, chunking))
     if graph.owning_module is not None:
         graph.owning_module.add_submodule(name, module)
     last = next(node for node in graph.nodes if node.name == planned.last)
