@@ -338,10 +338,10 @@ def chunk_seconds(memory: Memory, chosen: Chosen) -> float:
         flops = memory.flops.get(node, 0)
         if is_free(node, flops):
             continue
-        flops *= share(node) * memory.slowdown(node, _part(region, node, ranges))
+        part = flops * share(node) * memory.slowdown(node, _part(region, node, ranges))
         moving = machine.moving(num_bytes(node) * share(node)) + sum(reading(node, s) for s in node.all_input_nodes)
         allocating = (machine.allocating(size[node] * share(node)) for size in (memory.own, memory.extra))
-        total += count * (machine.seconds(flops, moving) + sum(allocating)) - memory.seconds[node]
+        total += count * (machine.seconds(part, moving) + sum(allocating)) - memory.seconds[node]
     over = {overwrite.output for overwrite in chosen.overwrites}
     for index, node in enumerate(region.outputs):
         size, axis = num_bytes(node), region.axes[node]
