@@ -32,27 +32,33 @@ def row_moments(value: torch.Tensor, num_groups: int, dim: int) -> torch.Tensor:
     """
     order = sorted(range(value.dim()), key=lambda d: -value.stride()[d])  # as memory is walked
     place = [order.index(d) for d in range(value.dim())]
-    walked, rows = value.permute(order), place[dim]
+    walked = value.permute(order)
     if dim == value.dim() - 1:
         means, variances = walked.float(), walked.new_zeros(walked.shape, dtype=torch.float32)
     else:
-        inner = place[-1]
-        shape = [1 if d == inner else size for d, size in enumerate(walked.shape)]
-        means, variances = (walked.new_empty(shape, dtype=torch.float32) for _ in range(2))
-        pieces = (tensor.tensor_split(_num_pieces(value, dim), rows) for tensor in (walked, means, variances))
-        for piece, mean, variance in zip(*pieces, strict=True):
-            wide = piece.float()
-            torch.mean(wide, inner, keepdim=True, out=mean)
-            torch.mean((wide - mean).square_(), inner, keepdim=True, out=variance)
+        means, variances = _line_moments(walked, place[-1], place[dim], _num_pieces(value, dim))
 
     def by_group(each: torch.Tensor) -> torch.Tensor:
         """(rows, samples, groups, all that is joined)."""
         return each.permute(place).movedim(dim, 0).reshape(value.shape[dim], value.shape[0], num_groups, -1)
 
-    means, variances = by_group(means), by_group(variances)
+    means = by_group(means)  # one after the other, so that three of them are held at most
+    variances = by_group(variances)
     joined = means.mean(-1)
     variance = (means - joined.unsqueeze(-1)).square_().add_(variances).mean(-1)
     return torch.stack([joined, variance], dim=-1)
+
+
+def _line_moments(value: torch.Tensor, inner: int, rows: int, pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance along dimension `inner`, kept with one position, in so many pieces along `rows`."""
+    shape = [1 if d == inner else size for d, size in enumerate(value.shape)]
+    means, variances = (value.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    parts = (tensor.tensor_split(pieces, rows) for tensor in (value, means, variances))
+    for part, mean, variance in zip(*parts, strict=True):
+        wide = part.float()
+        torch.mean(wide, inner, keepdim=True, out=mean)
+        torch.mean((wide - mean).square_(), inner, keepdim=True, out=variance)
+    return means, variances
 
 
 def _num_pieces(value: torch.Tensor, dim: int) -> int:

@@ -190,10 +190,9 @@ def test_frames_come_before_strips() -> None:
 
 
 def test_bodies_are_cut_in_turn() -> None:
-    given = given_of(Resnet(), 6, 8, 64, 64)
-    one = given_of(Resnet(), 1, 8, 64, 64)
+    given, one = given_of(Resnet(), 6, 8, 64, 64), given_of(Resnet(), 1, 8, 64, 64)
     frame = timeline(one.graph_module.graph).peak_bytes
-    module, plan = chunked(given, given.run()[0].nbytes + int(0.75 * frame))
+    module, plan = chunked(given, given.run()[0].nbytes + int(0.1 * frame), at_floor=True)
     assert any(region.bodies for region in plan.regions)
     assert error(given.run(module), given.run()) <= TOLERANCE
 
