@@ -18,13 +18,13 @@ from torch.utils import _pytree as pytree
 from lightcache_fx.axes import Axis
 from lightcache_fx.chunk_memory import Chosen, Memory, profile
 from lightcache_fx.chunk_search import PlanBody, Search
-from lightcache_fx.explicit_regions import frame_by_frame, regions_of_module
+from lightcache_fx.explicit_regions import frame_by_frame, layer_by_layer, regions_of_module
 from lightcache_fx.graphs import copy_graph, tensors_of
 from lightcache_fx.liveness import timeline
 from lightcache_fx.norm_splits import fewest_splits, norms_near_peaks, seconds_without_regions
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, chunked_copy
 from lightcache_fx.passes.split_group_norm import group_norms
-from lightcache_fx.policy import Region
+from lightcache_fx.policy import Layers, Region
 from lightcache_fx.rematerialization import recomputations
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Request:
     Attributes:
         budget: bytes for activations; None chooses no regions beside the explicit ones.
         regions: explicit ones, taken first.
+        layers: every other layer in so many chunks.
         frames: cut the whole graph into so many positions of its output's first dimension at a time.
         cuda: as for `timeline`.
         nested: whether the graph is the body of a loop already; its own regions' bodies are not cut in turn.
@@ -51,6 +52,7 @@ class Request:
     frames: int | None = None
     cuda: bool | None = None
     nested: bool = False
+    layers: Layers | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ def plan_chunks(graph: fx.Graph, request: Request) -> ChunkPlan:
     memory = Memory(graph, cuda=request.cuda)
     before, _ = profile(memory, []).peak()
     chosen = [found for region in request.regions for found in regions_of_module(memory, region)]
+    if request.layers is not None:
+        chosen += layer_by_layer(memory, request.layers, chosen)
     if request.frames is not None:
         chosen += frame_by_frame(memory, request.frames)
     peak, item = profile(memory, chosen).peak()

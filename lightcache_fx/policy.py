@@ -175,6 +175,20 @@ class Region(_Settings):
     size: Annotated[int, pydantic.Field(ge=1)]
 
 
+class Layers(_Settings):
+    """Every layer in a fixed number of chunks, whatever it takes: FME's way, with whole norms' statistics.
+
+    A layer is the outermost module that can be cut so, or the modules inside of it where it cannot.
+
+    Attributes:
+        spatial: runs of images or frames, for layers in which these do not meet.
+        temporal: strips of width, or runs of positions where they come first, for layers in which frames do.
+    """
+
+    spatial: Annotated[int, pydantic.Field(ge=1)]
+    temporal: Annotated[int, pydantic.Field(ge=1)]
+
+
 class Chunk(_Settings):
     """Regions that run chunk by chunk, exactly: float rounding apart, results do not change.
 
@@ -182,20 +196,27 @@ class Chunk(_Settings):
         budget: the most bytes that the activations of one program may take: everything that a step allocates, without
             weights, the call's inputs and what is kept between steps. `"60%"` is a share of what it takes unchunked.
         regions: explicit regions, applied before the budget is looked at.
+        layers: cut every other layer into so many chunks, likewise.
     """
 
     budget: Budget | None = None
     regions: list[Region] = pydantic.Field(default_factory=list)
+    layers: Layers | None = None
 
     @pydantic.field_validator("regions", mode="before")
     @classmethod
     def _read_regions(cls, value: object) -> object:
         return [_read(Region, item) for item in value] if isinstance(value, list | tuple) else value
 
+    @pydantic.field_validator("layers", mode="before")
+    @classmethod
+    def _read_layers(cls, value: object) -> object:
+        return _read(Layers, value)
+
     @pydantic.model_validator(mode="after")
     def _something(self) -> Self:
-        if self.budget is None and not self.regions:
-            raise ValueError("expected a budget such as '1.5GiB' or '60%', or regions; got neither")
+        if self.budget is None and not self.regions and self.layers is None:
+            raise ValueError("expected a budget such as '1.5GiB' or '60%', or regions, or layers; got none of them")
         return self
 
 
@@ -295,6 +316,15 @@ class Policy(_Settings):
     def deepcache(cls, interval: int = 3, branch: int = 0) -> Policy:
         """DeepCache (Ma et al. 2023): every `interval`-th step is full, the others recompute up to skip `branch`."""
         return cls(cache=Cache(cut=branch, interval=interval))
+
+    @classmethod
+    def fme(cls, num_spatial_chunk: int = 7, num_temporal_chunk: int = 7) -> Policy:
+        """FME's published settings, with right arithmetic: every layer in 7 chunks, one frame decoded at a time.
+
+        FME takes GroupNorm's statistics chunk by chunk, which is another function; here they are those of the whole
+        value. Autoencoders whose frames depend on each other are refused one frame at a time: give `decode` a budget.
+        """
+        return cls(chunk=Chunk(layers=Layers(spatial=num_spatial_chunk, temporal=num_temporal_chunk)), decode=Decode())
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Policy:

@@ -91,7 +91,8 @@ def with_chunks(capture: Capture, plan: Plan, *, cuda: bool | None = None) -> Pl
     for name, graph in _whole_graphs(capture, plan).items():
         regions = explicit if name != "prologue" else []
         whole = fx.GraphModule(_modules(capture, graph), graph)
-        request = Request(_budget(plan, name, whole.graph, cuda), regions, frames, cuda)
+        layers = policy.chunk.layers if policy.chunk is not None and name != "prologue" else None
+        request = Request(_budget(plan, name, whole.graph, cuda), regions, frames, cuda, layers=layers)
         chunks[name] = _plan_exactly(whole, request)
         if not chunks[name].fits:
             raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)

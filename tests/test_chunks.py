@@ -24,9 +24,9 @@ from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, Region
 from lightcache_fx.graphs import copy_graph
 from lightcache_fx.liveness import timeline
 from lightcache_fx.measure import measure_peak
-from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
+from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, chunked_copy, find_region
 from lightcache_fx.passes.split_group_norm import group_norms
-from lightcache_fx.policy import Chunk, Decode, Policy, Region
+from lightcache_fx.policy import Chunk, Decode, Layers, Policy, Region
 from zoo import ZOO
 
 TOLERANCE = 1e-5
@@ -397,7 +397,7 @@ def test_an_axis_that_is_not_there() -> None:
         (lambda: Chunk(budget=0), "budget: expected bytes such as .* got 0"),
         (lambda: Chunk(budget=-5), "budget: expected bytes such as .* got -5"),
         (lambda: Chunk(budget="much"), "expected a number of bytes"),
-        (Chunk, "a budget such as .* or regions; got neither"),
+        (Chunk, "a budget such as .* or regions, or layers; got none of them"),
         (lambda: Region(module="a", axis=0, size=0), "size: .*greater than or equal to 1"),
         (lambda: Chunk(budgett=5), "unknown key 'budgett'.*budget"),
         (lambda: Decode(frames=0), "frames: .*greater than or equal to 1"),
@@ -482,3 +482,67 @@ def test_a_plan_for_what_there_is_not(options: dict[str, Any], message: str) -> 
 def test_a_report_of_a_method_that_is_not_run_by_programs() -> None:
     with pytest.raises(ArgumentError, match=r"inspect: FeedForward runs forward by programs, not 'decode'"):
         lc.inspect(lc.transform(FeedForward().eval()), "decode")
+
+
+# Layer by layer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "spatial", "temporal"), [("svd", 7, 3), ("svd", 4, 5), ("animatediff", 4, 7)])
+def test_every_layer_in_so_many_chunks(name: str, spatial: int, temporal: int) -> None:
+    """Equal to the whole model though chunks are uneven; norms that frames share are never cut across."""
+    given = zoo_capture(name)
+    graph = given.graph_module.graph
+    plan = plan_program(graph, Request(None, layers=Layers(spatial=spatial, temporal=temporal)))
+    module = chunked_copy(graph, plan.chunking)
+    assert error(given.run(module), given.run()) <= TOLERANCE
+    assert timeline(module.graph).peak_bytes < 0.75 * plan.peak_before
+    counts = {region.axis.size: region.count for region in plan.regions if region.axis.dim == 0}
+    assert counts[6] == -(-6 // -(-6 // spatial))  # 2 videos of 3 frames
+    assert {c for size, c in counts.items() if size > 6} == {
+        -(-size // -(-size // temporal)) for size in counts if size > 6
+    }
+    for planned in plan.regions:
+        region = find_region(graph, planned)
+        norms = [node for node in region.body if node.target is torch.ops.aten.group_norm.default]
+        assert all(region.axes[node].dim == 0 for node in norms)
+
+
+def test_layers_of_a_convolution_over_frames_are_cut_by_width() -> None:
+    class Temporal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.GroupNorm(2, 4), nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0))
+
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            return sample + self.conv(F.silu(self.norm(sample)))
+
+    given = given_of(nn.Sequential(Temporal(), Temporal()), 1, 4, 5, 6, 9)
+    graph = given.graph_module.graph
+    plan = plan_program(graph, Request(None, layers=Layers(spatial=2, temporal=4)))
+    cut = {(region.first, region.axis.dim, region.count) for region in plan.regions}
+    assert {("conv3d", 4, 3), ("conv3d_1", 4, 3)} <= cut
+    assert not any(first.startswith("group_norm") for first, _, _ in cut)
+    assert error(given.run(chunked_copy(graph, plan.chunking)), given.run()) <= TOLERANCE
+
+
+def test_told_regions_come_before_layers() -> None:
+    module = FeedForward().eval()
+    sample = torch.randn(4, 12, 16)
+    chunk = Chunk(regions=[Region(module="0.up", axis=1, size=5)], layers=Layers(spatial=2, temporal=2))
+    transformed = lc.transform(nn.Sequential(module).eval(), Policy(chunk=chunk))
+    torch.testing.assert_close(transformed(sample), module(sample))
+    found = lc.inspect(transformed).plan.chunks["full"].regions
+    assert (1, 3) in {(region.axis.dim, region.count) for region in found}
+    assert len(found) > 1
+
+
+def test_the_preset_of_fme() -> None:
+    policy = Policy.fme(num_temporal_chunk=5)
+    assert policy.chunk is not None
+    assert policy.chunk.layers == Layers(spatial=7, temporal=5)
+    assert policy.decode == Decode()
+    assert Policy.from_yaml(policy.to_yaml()) == policy
+    with pytest.raises(PolicyError, match=r"spatial: Input should be greater than or equal to 1, got 0"):
+        Policy.fme(num_spatial_chunk=0)
+    with pytest.raises(PolicyError, match="unknown key 'time'"):
+        Policy.from_yaml("chunk: {layers: {spatial: 7, temporal: 7, time: 1}}")
