@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -187,6 +188,34 @@ def test_a_module_says_what_it_needs() -> None:
     assert predicted.peak_bytes == 2 * X + 1000
     assert predicted.live_at(predicted.steps[-1].peak_at)[0].workspace
     assert timeline(graph_module.graph, cuda=True).peak_bytes == 2 * 1024 + 1024
+
+
+def test_a_module_may_write_over_an_input() -> None:
+    class Worker(nn.Module):
+        def memory_peak(self, _rounding: int) -> int:
+            return 0
+
+        def overwritten(self) -> dict[int, int]:
+            return {0: 0}
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x.copy_(x.sin()),)
+
+    graph_module = captured(lambda x: x.exp().sin().cos(), x(), normalized=False).graph_module
+    graph = graph_module.graph
+    graph_module.add_submodule("worker", Worker())
+    (sin,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
+    with graph.inserting_before(sin):
+        call = graph.call_module("worker", sin.args)
+        taken = graph.call_function(operator.getitem, (call, 0))
+    call.meta, taken.meta = {"val": (sin.meta["val"],)}, {"val": sin.meta["val"]}
+    sin.replace_all_uses_with(taken)
+    graph.erase_node(sin)
+    predicted = timeline(graph)
+    (exp,) = graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+    assert predicted.owners[taken] == predicted.owners[exp] == {exp}
+    assert [step.after for step in predicted.steps] == [X] * 4
+    assert predicted.peak_bytes == 2 * X  # the cosine, beside what it reads
 
 
 def test_a_graph_inside_a_graph_is_run_too() -> None:
