@@ -18,7 +18,7 @@ from lightcache_fx.chunked import allocated, build_region
 from lightcache_fx.costs import Machine, is_free, machine_of, slowdown
 from lightcache_fx.flops import count_flops
 from lightcache_fx.graphs import calls, concrete_size, num_bytes, output_node, tensors_of
-from lightcache_fx.in_place import Overwrite, laid_out_alike, overwrites, used_elsewhere
+from lightcache_fx.in_place import Overwrite, laid_out_alike, overwrites, why_not
 from lightcache_fx.liveness import Timeline, timeline
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
 from lightcache_fx.regions import Region, full_value, ranges_of
@@ -79,7 +79,7 @@ class Memory:
         sole = {
             index: full_value(source)
             for index, source in enumerate(region.inputs)
-            if self._is_alone(source, region, end) and not used_elsewhere(source, region, self.place, end)
+            if self._is_alone(source, region, end) and not why_not(source, region, self.place, end)
         }
         return [
             (output, index)

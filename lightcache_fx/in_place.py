@@ -78,14 +78,27 @@ def _may_share(node: fx.Node) -> bool:
     return is_mark(node) or (node.op == "call_function" and is_view(node))
 
 
-def used_elsewhere(source: fx.Node, region: Region, place: Mapping[fx.Node, int], last: int) -> bool:
-    """Whether a value that may share an input's storage is used behind place `last`, or is another input."""
-    sharing = [allocated_by(source)]
+def why_not(source: fx.Node, region: Region, place: Mapping[fx.Node, int], last: int) -> str:
+    """Why an input of a region must not be written over, by the operators' alias annotations; empty if it may be.
+
+    Args:
+        source: the input.
+        region: reads it.
+        place: of every node of the graph.
+        last: the place of the last call of the region's stretch.
+    """
+    root = allocated_by(source)
+    if root.op in ("placeholder", "get_attr"):
+        return "it may be the caller's"
+    sharing = [root]
     for node in sharing:  # grows as it goes
         sharing += [user for user in node.users if _may_share(user) and user.all_input_nodes[0] is node]
     users = [user for node in sharing for user in node.users if user not in region.axes]
-    later = any(user.op == "output" or place[user] > last for user in users)
-    return later or any(node in sharing for node in region.inputs if node is not source)
+    if any(user.op == "output" or place[user] > last for user in users):
+        return "it is read later"
+    if any(node in sharing for node in region.inputs if node is not source):
+        return "the region reads it as another input too"
+    return ""
 
 
 def laid_out_alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from lightcache_fx.chunked import allocated, build_region
 from lightcache_fx.errors import PassError
 from lightcache_fx.flops import count_flops
 from lightcache_fx.graphs import calls, copy_graph, describe
-from lightcache_fx.in_place import Overwrite, allocated_by, laid_out_alike, used_elsewhere
+from lightcache_fx.in_place import Overwrite, laid_out_alike, why_not
 from lightcache_fx.passes.base import Pass, PassResult, run_passes
 from lightcache_fx.passes.recompute_values import recompute_values
 from lightcache_fx.passes.record_layouts import record_layouts
@@ -121,10 +121,9 @@ def _check_overwrites(graph: fx.Graph, region: Region, planned: PlannedRegion, f
     place = {node: index for index, node in enumerate(graph.nodes)}
     last = next(place[node] for node in graph.nodes if node.name == planned.last)
     for source in (region.inputs[overwrite.input] for overwrite in found):
-        held = allocated_by(source).op in ("placeholder", "get_attr")
-        if held or used_elsewhere(source, region, place, last):
-            why = "it is the caller's" if held else "it is read later, or by the region as another input"
-            raise PassError(f"{where}: cannot write over {describe(source)}: {why}")
+        reason = why_not(source, region, place, last)
+        if reason:
+            raise PassError(f"{where}: cannot write over {describe(source)}: {reason}")
     for overwrite in found:
         source, output = region.inputs[overwrite.input], region.outputs[overwrite.output]
         if not laid_out_alike(full_value(source), allocated(output)):

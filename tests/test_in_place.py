@@ -86,6 +86,7 @@ def region_of(given: Captured, first: str, last: str, axis: Axis) -> tuple[Memor
     [
         (lambda x: (x.abs() + 1).sin(), [(0, 0)]),
         (lambda x: x + 1 + x.sin(), []),  # the program's input
+        (lambda x: (x.double() + 1).sin(), []),  # it would be the program's input for a double
         (lambda x: ((y := x.abs()) + 1) * y, []),  # read later
         (lambda x: ((y := x.abs()).reshape(-1).view(7, 4) + 1) * y.sum(), []),  # an alias is read later
         (lambda x: (x.abs()[:, :2] + 1).sin(), []),  # a part of a larger storage

@@ -172,7 +172,7 @@ def test_two_outputs_over_two_inputs() -> None:
 @pytest.mark.parametrize(
     ("model", "first", "overwrite", "reason"),
     [
-        (lambda x: x.exp() + 1, "exp", Overwrite(0, 0), "it is the caller's"),
+        (lambda x: x.exp() + 1, "exp", Overwrite(0, 0), "it may be the caller's"),
         (lambda x: (y := x.abs()).exp() + y, "exp", Overwrite(0, 0), "it is read later"),
         (lambda x: (y := x.abs()).exp() + y.reshape(-1).sum(), "exp", Overwrite(0, 0), "it is read later"),
         (lambda x: (y := x.abs()).exp() + y[:, :1], "exp", Overwrite(0, 0), "it is read later"),
