@@ -8,7 +8,7 @@ from lightcache_fx import errors
 from lightcache_fx.module import Report, decode_frames, inspect, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
 from lightcache_fx.plan import Plan
-from lightcache_fx.policy import Auto, Cache, Chunk, Decode, Layers, Policy, Region, Residual
+from lightcache_fx.policy import Auto, Cache, Chunk, Decode, Layers, Policy, Region, Residual, Swap
 from lightcache_fx.printer import diff, format_graph, print_diff
 from lightcache_fx.runs import branch_name, marked_run, step_done
 
@@ -25,6 +25,7 @@ __all__ = [
     "Region",
     "Report",
     "Residual",
+    "Swap",
     "branch_name",
     "decode_frames",
     "diff",

@@ -88,6 +88,11 @@ class CallLayout:
         """Which leaves were Python integers."""
         return frozenset(index for index, kind in self.numbers if kind is int)
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether calls follow one another as denoising steps do: one of its inputs changes every step."""
+        return any(leaf.rate == "step" for leaf in self.leaves)
+
     def rebuild(self, tensors: Sequence[object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's `(args, kwargs)` with `tensors` in the tensor places."""
         flat: list[object] = [None] * (len(self.constants) + len(self.positions))

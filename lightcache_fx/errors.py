@@ -50,6 +50,10 @@ class RegionError(LightcacheError, ValueError):
     """A region names something that the captured graph does not have, or an axis that cannot be cut."""
 
 
+class SwapError(LightcacheError, RuntimeError):
+    """A copy between the device and where weights and features are kept could not be made; no weight is lost."""
+
+
 class ScheduleError(LightcacheError, ValueError):
     """A schedule does not fit the run it is used in."""
 
@@ -60,6 +64,10 @@ class TransformError(LightcacheError, ValueError):
 
 class PassError(LightcacheError, RuntimeError):
     """A graph pass broke its contract: a fault of this package, not of the caller."""
+
+
+class SwapPlanError(LightcacheError, RuntimeError):
+    """A swap plan would read what is not on the device, or copy it needlessly: a fault of this package."""
 
 
 class AxisRuleError(LightcacheError, RuntimeError):

@@ -18,7 +18,7 @@ from lightcache_fx.policy import Rate
 
 _UNBOUNDED = 2**40
 
-InputKind = Literal["weight", "constant", "user", "slot", "hoisted"]
+InputKind = Literal["weight", "constant", "user", "slot", "hoisted", "copy", "home"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class GraphInput:
 
     Attributes:
         kind: a weight (parameter or buffer), a tensor constant of the capture, a tensor of the call, a cached value of
-        an
-            earlier step, or a value computed once a generation.
+            an earlier step, a value computed once a generation, the device's copy of a weight or slot that is kept
+            elsewhere, whose memory the program frees, or the buffer that a slot is sent away to.
         name: full weight name, argument name, slot name or hoisted value's name.
         rate: how often it can change.
     """
@@ -124,6 +124,37 @@ def storage_root(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and (is_view(node) or is_mark(node)) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def alias_root(node: fx.Node) -> fx.Node:
+    """The node whose storage a value really lives in: as `storage_root`, but not through calls that copy.
+
+    A `reshape` or a `to` may return its argument's storage or one of its own; which, is found with meta tensors.
+    """
+    while node.op == "call_function" and is_view(node) and _returns_its_argument(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _returns_its_argument(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    if node.target is operator.getitem:
+        return True
+    value = source.meta.get("val")
+    if not isinstance(value, torch.Tensor) or len(node.all_input_nodes) > 1:
+        return False
+    if any(out.dtype != value.dtype or out.device != value.device for out in tensors_of(node)):
+        return False
+    arguments = [x.type if isinstance(x, torch.device) else x for x in (*node.args[1:], *node.kwargs.values())]
+    if value.device.type in arguments:  # to the device that it is on: as it is
+        return True
+    with torch.no_grad():
+        twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        result: Any = node.target(twin, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    first = result if isinstance(result, torch.Tensor) else result[0]
+    return bool(first.untyped_storage()._cdata == twin.untyped_storage()._cdata)  # noqa: SLF001 - as in liveness.py
 
 
 def is_mark(node: fx.Node) -> bool:

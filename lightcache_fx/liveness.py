@@ -131,7 +131,8 @@ class Timeline:
     """What one run of a program allocates, call by call.
 
     All bytes are those of activations, which the run itself allocates; its outputs are live to the end. What the caller
-    holds (weights, call inputs, slots, hoisted values, constants) is live throughout and counted apart.
+    holds (weights, call inputs, slots, hoisted values, constants) is live throughout and counted apart. Copies of
+    weights and slots that the caller hands over count as the run's own: it frees them.
 
     Attributes:
         steps: one for each call, in order.
@@ -245,17 +246,13 @@ class _Run:
         self.owners: dict[fx.Node, frozenset[fx.Node]] = {}
         self.strides: dict[fx.Node, tuple[tuple[int, ...] | None, ...]] = {}
         self.assumed: list[fx.Node] = []
+        self.copies = {n for n in graph.nodes if n.op == "placeholder" and input_of(n).kind == "copy"}
 
     def timeline(self) -> Timeline:
         held: dict[str, int] = {}
-        arguments = []
         with self.mode:
-            for node in self.graph.nodes:
-                if node.op == "placeholder":
-                    value = self.fake(node.meta.get("val"))
-                    kind = input_of(node).kind
-                    held[kind] = held.get(kind, 0) + self.tracker.hold(value)
-                    arguments.append(value)
+            inputs = (node for node in self.graph.nodes if node.op == "placeholder")
+            arguments = [self.argument(node, held) for node in inputs]
             steps: list[Step] = []
             with self.tracker:
                 returned = self.run(self.graph, arguments, steps)
@@ -268,14 +265,30 @@ class _Run:
             tuple(steps), peak, where, held, blocks, self.owners, self.strides, tuple(self.assumed), self.kind == "cuda"
         )
 
-    def run(self, graph: fx.Graph, arguments: Sequence[Any], steps: list[Step] | None) -> Any:
-        """Run a graph as its generated code does, arguments held by the caller; steps are noted for the outermost."""
-        inputs = iter(arguments)
+    def argument(self, node: fx.Node, held: dict[str, int]) -> Any:
+        """A fake input; the caller's is counted by its kind, a copy that is handed over as if a call had made it."""
+        value = self.fake(node.meta.get("val"))
+        if node in self.copies:
+            self.tracker.begin(node)
+            self.tracker.note(value, 0)
+        else:
+            kind = input_of(node).kind
+            held[kind] = held.get(kind, 0) + self.tracker.hold(value)
+        return value
+
+    def run(self, graph: fx.Graph, arguments: list[Any], steps: list[Step] | None) -> Any:
+        """Run a graph as its generated code does, arguments held by the caller; steps are noted for the outermost.
+
+        Copies that are handed over are held by nobody else: they are taken out of the list of arguments.
+        """
+        inputs = enumerate(arguments)
         values: dict[fx.Node, Any] = {}
         last_uses = _last_uses(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
-                values[node] = next(inputs)
+                index, values[node] = next(inputs)
+                if node in self.copies:
+                    arguments[index] = None
             elif node.op == "get_attr":
                 values[node] = self.attribute(node)
             elif node.op == "output":
@@ -288,7 +301,7 @@ class _Run:
                     self.strides[node] = _strides(values[node])
                 self.tracker.now += 1  # what dies within the call dies before what the call uses last
                 for used in last_uses.get(node, ()):
-                    if used.op != "placeholder":
+                    if used.op != "placeholder" or used in self.copies:
                         values[used] = None
                 if steps is not None:
                     peak, peak_at = self.tracker.end()
@@ -324,7 +337,7 @@ class _Run:
             overwritten = module.overwritten() if isinstance(module, WritesOverInputs) else {}
             return self.fresh(node, module.memory_peak(self.rounding), overwritten, args)
         if isinstance(module, fx.GraphModule):
-            return self.run(module.graph, args, None)
+            return self.run(module.graph, list(args), None)
         self.assumed.append(node)
         return self.fresh(node)
 

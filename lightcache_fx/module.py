@@ -15,16 +15,18 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lightcache_fx.budgets import with_memory
 from lightcache_fx.calls import CallReader
 from lightcache_fx.capture import capture
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, TransformError
 from lightcache_fx.frames import calls_for_slices, decode_apart
+from lightcache_fx.hardware import Hardware
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
-from lightcache_fx.program import Program, with_chunks
+from lightcache_fx.program import Program
 from lightcache_fx.runs import branch_name
-from lightcache_fx.runtime import Runtime
+from lightcache_fx.runtime import Ledger, Runtime, homes_of
 from lightcache_fx.views import second_view
 
 M = TypeVar("M", bound=nn.Module)
@@ -110,6 +112,18 @@ def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
         TransformError: it is transformed already, or something has replaced its forward on the instance.
         CutError: the policy cuts at a module path that does not exist.
     """
+    return transform_component(module, policy, Ledger())
+
+
+def transform_component(module: M, policy: Policy, ledger: Ledger, *, may_stay_eager: bool = False) -> M:
+    """As `transform`, for one of several modules that have the device in turns.
+
+    Args:
+        module: as for `transform`.
+        policy: as for `transform`.
+        ledger: shared by these modules.
+        may_stay_eager: whether a module that cannot be captured runs as it is, its weights fetched as a whole.
+    """
     _check_module("transform", module)
     if not isinstance(policy, Policy):
         raise ArgumentError(
@@ -128,7 +142,18 @@ def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
             f" helpers do that); remove these hooks first, and enable them on the transformed module"
         )
     methods = _AUTOENCODER_METHODS if is_autoencoder(module) else ("forward",)
-    runtimes = {method: Runtime(module, _policy_for(module, policy, method), method) for method in methods}
+    homes = homes_of(module, policy)
+    runtimes = {
+        method: Runtime(
+            module,
+            _policy_for(module, policy, method),
+            method,
+            homes=homes,
+            ledger=ledger,
+            may_stay_eager=may_stay_eager,
+        )
+        for method in methods
+    }
     return second_view(module, _module_mixin(type(module), methods), _Added(module, policy, runtimes))
 
 
@@ -266,6 +291,7 @@ def plan(
     *,
     method: str | None = None,
     device: Literal["cpu", "cuda"] | None = None,
+    hardware: Hardware | None = None,
 ) -> Plan:
     """What `transform` would do for one call.
 
@@ -278,6 +304,7 @@ def plan(
         policy: as for `transform`.
         method: which method is called; by default forward, or an autoencoder's decode.
         device: predict memory for this kind of device; by default for the one that the tensors are on.
+        hardware: what the machine computes and copies in a second; by default as measured here, or as is typical.
 
     Raises:
         CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError: as the transformed module
@@ -298,7 +325,8 @@ def plan(
     reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
     captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
-    return with_chunks(captured, make_plan(captured, policy, module), cuda=None if device is None else device == "cuda")
+    on_cuda = None if device is None else device == "cuda"
+    return with_memory(captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware)
 
 
 def _check_module(function: str, module: object) -> None:

@@ -16,9 +16,10 @@ from torch import nn
 
 from lightcache_fx.calls import default_rate
 from lightcache_fx.errors import ArgumentError, TransformError, nearest
-from lightcache_fx.module import is_autoencoder, restore_module, transform
+from lightcache_fx.module import is_autoencoder, restore_module, transform_component
 from lightcache_fx.policy import Policy
 from lightcache_fx.runs import current_run, marked_run, step_done
+from lightcache_fx.runtime import Ledger
 from lightcache_fx.views import second_view
 
 P = TypeVar("P")
@@ -50,8 +51,9 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
         pipe: a diffusers pipeline, or an object with its attributes: `components`, `scheduler`, `__call__`.
         policy: applied to every component; of it an autoencoder takes what is about memory.
         components: names of the components to transform; by default every module whose forward takes a timestep, except
-            those that only condition another (the pipeline's `model_cpu_offload_seq` does not name them), and the
-            autoencoder where the policy has `decode` or a `memory_budget`.
+            those that only condition another (the pipeline's `model_cpu_offload_seq` does not name them); the
+            autoencoder where the policy has `decode`; and, where it has `swap` or a `memory_budget`, everything that
+            `model_cpu_offload_seq` names: each then has the device to itself while it runs.
 
     Raises:
         ArgumentError: not a pipeline, or a component that it does not have.
@@ -72,8 +74,11 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
         )
     modules: dict[str, nn.Module] = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}  # type: ignore[attr-defined]
     if components is None:
-        autoencoders = [name for name, module in modules.items() if is_autoencoder(module)]
-        names = _denoisers(pipe, modules) + (autoencoders if policy.runs_autoencoders() else [])
+        names = _denoisers(pipe, modules)
+        if policy.runs_autoencoders():
+            names += [name for name, module in modules.items() if is_autoencoder(module)]
+        if policy.is_about_memory():
+            names += [name for name in _main_components(pipe, modules) if name not in names]
     else:
         names = list(components)
     for name in names:
@@ -86,7 +91,8 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
         raise TransformError(
             f"transform_pipeline: no component of {type(pipe).__name__} takes a timestep; name one in components=[...]"
         )
-    transformed = {name: transform(modules[name], policy) for name in names}
+    ledger = Ledger(is_shared=True)
+    transformed = {name: _transformed(modules[name], policy, ledger) for name in names}
     copy = object.__new__(type(pipe))
     vars(copy).update(vars(pipe))
     view = second_view(copy, _pipeline_mixin(type(pipe)), _AddedPipeline(pipe, tuple(names)))
@@ -115,10 +121,22 @@ def restore(transformed: P) -> P:
     raise TransformError(f"restore: expected a transformed module or pipeline, got {type(transformed).__name__}")
 
 
-def _denoisers(pipe: Any, modules: dict[str, nn.Module]) -> list[str]:
+def _main_components(pipe: Any, modules: dict[str, nn.Module]) -> list[str]:
+    """Those that run one after the other, and not within one another."""
     sequence = getattr(pipe, "model_cpu_offload_seq", None)
     main = set(sequence.split("->")) if isinstance(sequence, str) else set(modules)
-    return [name for name, module in modules.items() if name in main and _takes_timestep(module)]
+    return [name for name in modules if name in main]
+
+
+def _denoisers(pipe: Any, modules: dict[str, nn.Module]) -> list[str]:
+    return [name for name in _main_components(pipe, modules) if _takes_timestep(modules[name])]
+
+
+def _transformed(module: nn.Module, policy: Policy, ledger: Ledger) -> nn.Module:
+    """A component by what of the policy applies to it: to what neither denoises nor decodes, where its weights are."""
+    if is_autoencoder(module) or _takes_timestep(module):
+        return transform_component(module, policy, ledger)
+    return transform_component(module, policy.of_encoder(), ledger, may_stay_eager=True)
 
 
 def _takes_timestep(module: nn.Module) -> bool:

@@ -22,6 +22,10 @@ from lightcache_fx.units import format_bytes
 
 if TYPE_CHECKING:
     from lightcache_fx.chunk_planner import ChunkPlan
+    from lightcache_fx.swapping import SwapSchedule
+
+MAX_PERIOD = 8
+"""Steps of a period that are planned one by one; of longer ones, reuse steps in the middle are alike."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Plan:
         weight_bytes: bytes of the weights that the model reads.
         notes: what a user should know before trusting the result.
         chunks: the regions of each program, where the policy asks for chunks or a budget.
+        swap: what is copied when, where the policy asks for swapping or has a budget that needs it.
     """
 
     model: str
@@ -51,6 +56,14 @@ class Plan:
     weight_bytes: int
     notes: tuple[str, ...] = ()
     chunks: Mapping[str, ChunkPlan] = field(default_factory=dict)
+    swap: SwapSchedule | None = None
+
+    @property
+    def period(self) -> tuple[str, ...]:
+        """The programs of the steps from one full step to the next; of a long interval, so many as are told apart."""
+        if self.cut is None:
+            return ("full",)
+        return ("full", *["reuse"] * (min(self.schedule.typical_interval(), MAX_PERIOD) - 1))
 
     @property
     def kept_bytes(self) -> int:
@@ -78,6 +91,7 @@ class Plan:
             "reuse": None if cut is None else {"flops": cut.reuse_flops, "weight_bytes": cut.reuse_weight_bytes},
             "cut": None if cut is None else {"label": cut.label, "kept_bytes": cut.kept_bytes, "slots": len(cut.slots)},
             "chunks": {name: _chunk_facts(chunk) for name, chunk in self.chunks.items()},
+            "swap": None if self.swap is None else {"steps": list(self.swap.names), **self.swap.plan.as_dict()},
             "notes": list(self.notes),
         }
 

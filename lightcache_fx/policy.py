@@ -243,6 +243,36 @@ class Decode(_Settings):
         return self
 
 
+class Swap(_Settings):
+    """Weights and cached features that are on the device only when they are needed; results do not change by a bit.
+
+    Attributes:
+        budget: the most bytes on the device for everything that a step reads, keeps and computes: weights, cached
+            features, hoisted values and activations. `"40%"` is a share of what that takes with everything resident.
+            None takes as little as costs no time, by prediction. A share, or None, is about what repeats, the
+            denoiser; encoders and decoders take what they need, and leave the device when they are done.
+        weights: whether weights leave the device.
+        features: whether cached features do.
+        to: where they are kept: `host` (page-locked memory; for accelerators) or `disk` (a memory-mapped file; for
+            models that run on the CPU). None takes what suits the device.
+        folder: where the file is made; None for the system's folder for temporary files.
+    """
+
+    budget: Budget | None = None
+    weights: bool = True
+    features: bool = True
+    to: Literal["host", "disk"] | None = None
+    folder: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _something(self) -> Self:
+        if not (self.weights or self.features):
+            raise ValueError("weights=False and features=False leave nothing to swap; leave `swap` out instead")
+        if self.folder is not None and self.to == "host":
+            raise ValueError("folder is for files; with to='host' there are none: leave one of them out")
+        return self
+
+
 S = TypeVar("S", bound=_Settings)
 
 
@@ -261,7 +291,9 @@ class Policy(_Settings):
         rates: how often an input changes, by parameter name of the model's forward, where the default is wrong.
         chunk: cut large regions into chunks, to a budget for the activations of a step, or as told.
         decode: how autoencoders are run; None leaves them whole (or as `chunk` or `memory_budget` say).
-        memory_budget: bytes for everything on the device: weights, kept and hoisted values, and activations.
+        swap: keep weights and cached features elsewhere and fetch them just before they are needed.
+        memory_budget: bytes for everything on the device: weights, kept and hoisted values, and activations. Regions
+            are chunked, and weights and features swapped, as costs the least predicted time.
         max_signatures: how many captures (sizes, guidance layouts, adapters) are held before the oldest is dropped.
     """
 
@@ -271,6 +303,7 @@ class Policy(_Settings):
     rates: dict[str, Rate] = pydantic.Field(default_factory=dict)
     chunk: Chunk | None = None
     decode: Decode | None = None
+    swap: Swap | None = None
     memory_budget: Bytes | None = None
     max_signatures: Annotated[int, pydantic.Field(ge=1)] = 8
 
@@ -284,10 +317,11 @@ class Policy(_Settings):
             raise ValueError(f"expected a Cache, or a mapping with the keys {keys}, got {value!r}")
         return value
 
-    @pydantic.field_validator("chunk", "decode", mode="before")
+    @pydantic.field_validator("chunk", "decode", "swap", mode="before")
     @classmethod
     def _read_settings(cls, value: object, info: pydantic.ValidationInfo) -> object:
-        kind: type[Chunk | Decode] = Chunk if info.field_name == "chunk" else Decode
+        kinds: dict[str | None, type[Chunk | Decode | Swap]] = {"chunk": Chunk, "decode": Decode, "swap": Swap}
+        kind = kinds[info.field_name]
         if value is not None and not isinstance(value, kind | Mapping):
             keys = ", ".join(kind.model_fields)
             raise ValueError(f"expected a {kind.__name__}, or a mapping with the keys {keys}, got {value!r}")
@@ -295,13 +329,22 @@ class Policy(_Settings):
 
     def runs_autoencoders(self) -> bool:
         """Whether anything is asked of the autoencoder of a pipeline."""
-        return self.decode is not None or self.memory_budget is not None
+        return self.decode is not None or self.is_about_memory()
+
+    def is_about_memory(self) -> bool:
+        """Whether anything is asked of every module of a pipeline: where its weights are."""
+        return self.swap is not None or self.memory_budget is not None
 
     def frames_at_a_time(self) -> int | None:
         """How many frames an autoencoder takes at a time; None where a budget, or nothing, decides."""
         if self.decode is None or self.decode.approximate:
             return None
         return 1 if self.decode.frames is None and self.decode.budget is None else self.decode.frames
+
+    def of_encoder(self) -> Policy:
+        """What of this policy applies to a module that runs once a generation: where its weights are."""
+        about_steps: dict[str, Any] = {"cache": None, "hoist": False, "rates": {}, "chunk": None, "decode": None}
+        return self.model_copy(update=about_steps)
 
     def of_autoencoder(self, method: str) -> Policy:
         """What of this policy applies to a method of an autoencoder: nothing that is about denoising steps."""

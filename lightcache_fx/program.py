@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
+from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.capture import Capture
-from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.cuts import Slot
-from lightcache_fx.errors import BudgetError
 from lightcache_fx.flops import total_flops
-from lightcache_fx.graphs import GraphInput, copy_graph, describe, input_of, num_bytes, outputs, placeholders
-from lightcache_fx.liveness import timeline
+from lightcache_fx.graphs import GraphInput, copy_graph, input_of, num_bytes, outputs, placeholders
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.passes.base import Pass, run_passes
-from lightcache_fx.passes.chunk_regions import chunked_copy
+from lightcache_fx.passes.insert_transfers import Transfers, insert_transfers
 from lightcache_fx.passes.read_cache import read_cache
 from lightcache_fx.passes.remove_dead_code import remove_dead_code
 from lightcache_fx.passes.remove_marks import remove_marks
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan
-from lightcache_fx.units import format_bytes
-
-_PLAN_TRIES = 3
+from lightcache_fx.stores import SLOT, Stores, version_of
+from lightcache_fx.transfers import PREFETCH, WAIT
 
 
 @dataclass(frozen=True)
@@ -41,17 +38,26 @@ class Program:
         graph_module: the graph; its placeholders carry `GraphInput` bindings.
         inputs: the bindings in order.
         num_outputs: how many of the returned tensors are the model's; the rest is state.
+        state: what the rest is, in order: a slot, or the device's copy of a weight or slot that is kept elsewhere.
+        transfers: what it copies to and from the device.
     """
 
     name: str
     graph_module: fx.GraphModule
     inputs: tuple[GraphInput, ...]
     num_outputs: int
+    state: tuple[tuple[Literal["slot", "copy", "hoisted"], str], ...] = ()
+    transfers: Transfers = field(default_factory=Transfers)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that one run of the program reads."""
-        return sum(num_bytes(n) for n in placeholders(self.graph_module.graph) if input_of(n).kind == "weight")
+        read = {
+            input_of(n).name: num_bytes(n)
+            for n in placeholders(self.graph_module.graph)
+            if _is_weight(input_of(n), self)
+        }
+        return sum(read.values())
 
     @property
     def flops(self) -> int:
@@ -60,90 +66,38 @@ class Program:
 
 
 def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
-    """Carry out a plan: the captured graph becomes `full`, and `prologue` and `reuse` where the plan asks for them."""
-    num_outputs = len(outputs(capture.graph_module.graph))
+    """Carry out a plan: the captured graph becomes `full`, and `prologue` and `reuse` where the plan asks for them.
+
+    Where weights are swapped, steps that copy at other moments have programs of their own: `reuse`, `reuse_2`, ...
+    """
     programs = {}
-    for name, graph in _whole_graphs(capture, plan).items():
+    inputs = placeholders(capture.graph_module.graph)
+    weights = {("weight", input_of(n).name): n.meta["val"] for n in inputs if input_of(n).kind == "weight"}
+    for name, graph in whole_graphs(capture, plan).items():
         if name in plan.chunks:
             plan.chunks[name].chunking.apply(graph)
-        programs[name] = _program(name, capture, graph, num_outputs=0 if name == "prologue" else num_outputs)
+        for variant, transfers in _variants(plan, name):
+            copied, _ = copy_graph(graph)
+            run_passes(
+                copied,
+                [("insert_transfers", partial(insert_transfers, plan=transfers, others=weights))],
+                keeps_outputs=False,
+            )
+            programs[variant] = _program(variant, capture, copied, transfers, plan)
     return programs
 
 
-def with_chunks(capture: Capture, plan: Plan, *, cuda: bool | None = None) -> Plan:
-    """The plan with the regions of each of its programs, where its policy asks for chunks or has a budget.
-
-    Args:
-        capture: of the model.
-        plan: what was decided before.
-        cuda: predict memory for a CUDA device or for the CPU; by default for the one that the values are on.
-
-    Raises:
-        BudgetError: a program's peak stays above the budget whatever is cut.
-        RegionError: an explicit region that does not exist in any program, or that cannot be cut.
-    """
-    policy = plan.policy
-    frames = policy.frames_at_a_time() if capture.layout.method != "forward" else None
-    if policy.chunk is None and policy.memory_budget is None and frames is None:
-        return plan
-    explicit = policy.chunk.regions if policy.chunk is not None else []
-    chunks = {}
-    for name, graph in _whole_graphs(capture, plan).items():
-        regions = explicit if name != "prologue" else []
-        whole = fx.GraphModule(_modules(capture, graph), graph)
-        layers = policy.chunk.layers if policy.chunk is not None and name != "prologue" else None
-        request = Request(_budget(plan, name, whole.graph, cuda), regions, frames, cuda, layers=layers)
-        chunks[name] = _plan_exactly(whole, request)
-        if not chunks[name].fits:
-            raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
-    return replace(plan, chunks=chunks)
+def _variants(plan: Plan, name: str) -> Iterable[tuple[str, Transfers]]:
+    """What a program copies, once for each way in which it does."""
+    if plan.swap is None:
+        return {name: Transfers()}.items()
+    if name == "prologue":
+        return {name: plan.swap.prologue}.items()
+    steps = zip(plan.swap.variants, plan.swap.names, plan.swap.transfers, strict=True)
+    return {variant: transfers for variant, base, transfers in steps if base == name}.items()
 
 
-def _plan_exactly(whole: fx.GraphModule, request: Request) -> ChunkPlan:
-    """A chunk plan whose peak is that of the finished graph's own timeline, planned again where that is too high."""
-    budget = goal = request.budget
-    for _ in range(_PLAN_TRIES):
-        chunk = plan_program(whole.graph, replace(request, budget=goal))
-        estimate = chunk.peak_after
-        built = chunked_copy(whole.graph, chunk.chunking)
-        exact = timeline(built.graph, cuda=request.cuda).peak_bytes
-        allowed = max(chunk.budget, exact) if budget is None else budget  # nothing was asked: whatever comes is right
-        chunk = replace(chunk, peak_after=exact, budget=allowed)
-        if goal is None or budget is None or chunk.fits or estimate > goal:
-            break
-        goal = int(0.99 * goal * budget / chunk.peak_after)
-    return chunk
-
-
-def _budget(plan: Plan, name: str, graph: fx.Graph, cuda: bool | None) -> int | None:
-    """Bytes for the activations of a program."""
-    asked = plan.policy.chunk.budget if plan.policy.chunk is not None else None
-    if isinstance(asked, str):
-        asked = int(float(asked.removesuffix("%")) / 100 * timeline(graph, cuda=cuda).peak_bytes)
-    if plan.policy.memory_budget is None:
-        return asked
-    held = plan.weight_bytes + plan.hoist.num_bytes + (plan.kept_bytes if name == "reuse" else 0)
-    left = plan.policy.memory_budget - held
-    if left <= 0:
-        raise BudgetError(
-            f"memory_budget: {format_bytes(plan.policy.memory_budget)} is less than the {format_bytes(held)} that"
-            f" {plan.model} holds beside activations: weights {format_bytes(plan.weight_bytes)}, hoisted values"
-            f" {format_bytes(plan.hoist.num_bytes)}, cached values {format_bytes(plan.kept_bytes)}; raise it, load the"
-            f" model in half precision, or offload it"
-        )
-    return left if asked is None else min(left, asked)
-
-
-def _explain_floor(plan: Plan, name: str, chunk: ChunkPlan, graph: fx.Graph) -> str:
-    limit = next((describe(node) for node in graph.nodes if node.name == chunk.limit_node), f"%{chunk.limit_node}")
-    return (
-        f"budget: the activations of {plan.model}'s {name} program cannot be cut to {format_bytes(chunk.budget)}; the"
-        f" least that chunking reaches is {format_bytes(chunk.peak_after)} (from {format_bytes(chunk.peak_before)}),"
-        f" set by {limit}; raise the budget to that, or make the latent smaller"
-    )
-
-
-def _whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
+def whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
     """The programs' graphs before anything is chunked."""
     slots = plan.cut.slots if plan.cut is not None else ()
     graphs = {}
@@ -171,12 +125,30 @@ def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, P
     return pipelines
 
 
-def _program(name: str, capture: Capture, graph: fx.Graph, *, num_outputs: int) -> Program:
-    graph_module = fx.GraphModule(_modules(capture, graph), graph, class_name=name.capitalize())
-    return Program(name, graph_module, tuple(map(input_of, placeholders(graph))), num_outputs)
+def _is_weight(given: GraphInput, program: Program) -> bool:
+    kinds = {stay.name: stay.kind for stay in program.transfers.stays}
+    return given.kind == "weight" or (given.kind == "copy" and kinds[given.name] == "weight")
 
 
-def _modules(capture: Capture, graph: fx.Graph) -> dict[str, Any]:
+def _program(name: str, capture: Capture, graph: fx.Graph, transfers: Transfers, plan: Plan) -> Program:
+    slots = [slot.name for slot in plan.cut.slots] if plan.cut is not None else []
+    returned, copies = outputs(graph), [("copy", copy) for copy in transfers.copies]
+    match name.partition("_")[0]:
+        case "prologue":
+            state = [("hoisted", value.node) for value in plan.hoist.values]
+        case "full":
+            kept = {slot.name for slot in transfers.made if slot.handed_on and slot.release is None}
+            state = [("copy" if slot in kept else "slot", slot) for slot in slots] + copies
+        case _:
+            state = copies
+    if transfers.moves:
+        graph.set_codegen(BoxedCodeGen())
+    graph_module = fx.GraphModule(modules_of(capture, graph), graph, class_name=name.capitalize())
+    inputs = tuple(map(input_of, placeholders(graph)))
+    return Program(name, graph_module, inputs, len(returned) - len(state), tuple(state), transfers)  # type: ignore[arg-type]
+
+
+def modules_of(capture: Capture, graph: fx.Graph) -> dict[str, Any]:
     """What a graph's nodes call by name: the capture's opaque submodules and subgraphs, and chunked regions."""
     return {
         str(node.target): node.meta["lightcache_region"]
@@ -191,43 +163,114 @@ class BoundProgram:
     """A program and where its inputs come from in one live module, so that a call is a list of lookups.
 
     Weights are looked up in the module's own tables at every call: `.to()`, fused adapters and in-place edits are seen.
+    A copy that the program before was to hand over and did not is fetched now: slower, and as right.
     """
 
     def __init__(
-        self, program: Program, module: nn.Module, constants: Mapping[str, torch.Tensor], user_names: Sequence[str]
+        self,
+        program: Program,
+        module: nn.Module,
+        constants: Mapping[str, torch.Tensor],
+        user_names: Sequence[str],
+        resident: frozenset[str] = frozenset(),
     ) -> None:
         self.program = program
-        tables = weight_slots(module)
+        self.resident = resident
+        self._tables = weight_slots(module)
         index = {name: i for i, name in enumerate(user_names)}
-        self._weights = [tables[i.name] for i in program.inputs if i.kind == "weight"]
+        self._weights = [self._tables[i.name] for i in program.inputs if i.kind == "weight"]
         keys: dict[str, Mapping[str, Any]] = {"constant": constants, "user": index}
-        self._sources: list[tuple[str, Any]] = [
-            (i.kind, keys[i.kind][i.name] if i.kind in keys else i.name) for i in program.inputs
+        nodes = placeholders(program.graph_module.graph)
+        self._sources: list[tuple[str, Any, torch.Tensor]] = [
+            (_source_kind(node, resident), keys[i.kind][i.name] if i.kind in keys else i.name, node.meta["val"])
+            for node, i in zip(nodes, program.inputs, strict=True)
         ]
         self.user_inputs = [index[i.name] for i in program.inputs if i.kind == "user"]
+        self.fetched = {stay.name for stay in program.transfers.stays if stay.kind == "weight"}
+        self.slots_read = {i.name for i in program.inputs if i.kind == "slot"} | {
+            stay.name for stay in program.transfers.stays if stay.kind == "slot"
+        }
+        self.wanted = resident | {i.name for i in program.inputs if i.kind == "copy"}
         self._run = program.graph_module.forward
 
     def weights(self) -> list[torch.Tensor]:
-        """The weights that the program reads, as they are now."""
+        """The weights that the program reads, as they are now, but for those that are handed over."""
         return [table[name] for table, name in self._weights]
 
-    def __call__(
-        self, tensors: Sequence[torch.Tensor], slots: Mapping[str, torch.Tensor], hoisted: Mapping[str, torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Run once: the model's output tensors, and the state that the program returns."""
-        weights = iter(self.weights())
-        args: list[Any] = []
-        for kind, key in self._sources:
-            match kind:
-                case "weight":
-                    args.append(next(weights))
-                case "user":
-                    args.append(tensors[key])
-                case "slot":
-                    args.append(slots[key])
-                case "hoisted":
-                    args.append(hoisted[key])
-                case _:
-                    args.append(key)
-        results = list(self._run(*args))
-        return results[: self.program.num_outputs], results[self.program.num_outputs :]
+    def __call__(self, tensors: Sequence[torch.Tensor], stores: Stores) -> list[torch.Tensor]:
+        """Run once; what the program returns beside the model's outputs goes into the stores."""
+        stores.weight_copies.keep_only(self.wanted)
+        args = [self._argument(kind, key, like, tensors, stores) for kind, key, like in self._sources]
+        for (kind, _, _), argument in zip(self._sources, args, strict=True):
+            if kind == "resident":  # all of them have been begun by now
+                WAIT(argument)
+        versions = {
+            name: version_of(self._weight(name)) for name in self.program.transfers.copies if name in self.fetched
+        }
+        results = list(self._run(args) if self.program.transfers.moves else self._run(*args))
+        del args
+        outputs, state = results[: self.program.num_outputs], results[self.program.num_outputs :]
+        for (kind, name), value in zip(self.program.state, state, strict=True):
+            if kind == "slot":
+                stores.slots[name] = value
+            elif kind == "copy" and name in self.fetched:
+                stores.weight_copies.put(name, value, versions[name])
+            elif kind == "copy":
+                stores.slot_copies.put(name, value, SLOT)
+            else:
+                stores.hoisted = {**stores.hoisted, name: value}
+        return outputs
+
+    def _argument(
+        self, kind: str, key: Any, like: torch.Tensor, tensors: Sequence[torch.Tensor], stores: Stores
+    ) -> torch.Tensor:
+        match kind:
+            case "weight" | "away":
+                return self._weight(key)
+            case "resident":
+                return self._resident(key, like, stores)
+            case "copy":
+                return self._copy(key, like, stores)
+            case "home":
+                assert stores.buffer is not None
+                return stores.buffer(like.numel())
+            case "user":
+                found: torch.Tensor = tensors[key]
+            case "slot":
+                found = stores.slots[key]
+            case "hoisted":
+                found = stores.hoisted[key]
+            case _:
+                found = key
+        return found
+
+    def _weight(self, name: str) -> torch.Tensor:
+        table, key = self._tables[name]
+        weight: torch.Tensor = table[key]
+        return weight
+
+    def _copy(self, name: str, like: torch.Tensor, stores: Stores) -> torch.Tensor:
+        """The device's copy of a weight or slot, handed over or begun now; nobody else holds it afterwards."""
+        if name not in self.fetched:
+            copy = stores.slot_copies.take(name, SLOT)
+            return copy if copy is not None else PREFETCH(stores.slots[name], like.device, name)
+        weight = self._weight(name)
+        copy = stores.weight_copies.take(name, version_of(weight))
+        return copy if copy is not None else PREFETCH(weight, like.device, name)
+
+    def _resident(self, name: str, like: torch.Tensor, stores: Stores) -> torch.Tensor:
+        """The device's copy of a weight that is there as long as the model is; it stays in the stores."""
+        weight = self._weight(name)
+        version = version_of(weight)
+        copy = stores.weight_copies.take(name, version)
+        copy = PREFETCH(weight, like.device, name) if copy is None else copy
+        stores.weight_copies.put(name, copy, version)
+        return copy
+
+
+def _source_kind(node: fx.Node, resident: frozenset[str]) -> str:
+    """As the input's kind, but `away` for a weight that the program fetches, and `resident` for one that stays."""
+    given = input_of(node)
+    if given.kind == "weight" and node.users and all(user.target is PREFETCH for user in node.users):
+        return "away"
+    return "resident" if given.kind == "weight" and given.name in resident else given.kind

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lightcache_fx.stores import Copies, Stores
+
 log = logging.getLogger(__name__)
 
 _MAX_BRANCHES = 64
@@ -118,8 +120,9 @@ class Branch:
         step: how many calls came before the present one.
         steady: whether a later call came with the very same tensors as the one before it.
         repeats: how often a timestep came twice.
-        slots: values kept for reuse steps, by slot name.
-        hoisted: values computed once a generation, by name, and the key of the inputs that they hold for.
+        stores: values kept for reuse steps, values computed once a generation, and copies of both on the device.
+        since_full: how many calls came since the last full one.
+        hoisted_key: of the inputs that the hoisted values hold for.
     """
 
     group: Hashable
@@ -127,8 +130,8 @@ class Branch:
     step: int = 0
     steady: bool = False
     repeats: int = 0
-    slots: dict[str, torch.Tensor] = field(default_factory=dict)
-    hoisted: dict[str, torch.Tensor] = field(default_factory=dict)
+    stores: Stores = field(default_factory=Stores)
+    since_full: int = 0
     hoisted_key: tuple[object, ...] | None = None
     hoisted_sources: Sequence[torch.Tensor] = ()  # held, so that an identity in the key stays that tensor's
 
@@ -151,7 +154,12 @@ class Position:
 
 
 class RunTracker:
-    """Follows the calls that one thread makes of one model."""
+    """Follows the calls that one thread makes of one model, and holds what they leave.
+
+    Attributes:
+        branches: of the run under way.
+        weight_copies: the device's copies of weights that are kept elsewhere, for the next call of whichever branch.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -159,6 +167,7 @@ class RunTracker:
     def reset(self) -> None:
         """Forget everything; the next call begins a run."""
         self.branches: list[Branch] = []
+        self.weight_copies = Copies()
         self._called: list[Branch] = []
         self._time: float | None = None
         self._num_times = 0

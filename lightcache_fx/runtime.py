@@ -11,16 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightcache_fx.calls import Call, CallLayout, CallReader
+from lightcache_fx.budgets import with_memory
+from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.cuts import paths_to_mark
-from lightcache_fx.errors import TransformError
-from lightcache_fx.module_state import ModuleState
+from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
+from lightcache_fx.homes import Homes
+from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.outputs import register_distributions
 from lightcache_fx.plan import Plan, make_plan
-from lightcache_fx.policy import Policy
-from lightcache_fx.program import BoundProgram, Program, build_programs, with_chunks
+from lightcache_fx.policy import Policy, Swap
+from lightcache_fx.program import BoundProgram, Program, build_programs
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
+from lightcache_fx.stores import version_of
+from lightcache_fx.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,31 @@ class Compiled:
     state: ModuleState  # kept so that the objects whose identity is in the key stay alive
 
 
+class Ledger(threading.local):
+    """Of models that share a device, which one has copies of weights there: each thread's last one called.
+
+    Attributes:
+        is_shared: whether there are several.
+    """
+
+    def __init__(self, *, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
+        self._present: RunTracker | None = None
+
+    def enter(self, tracker: RunTracker) -> None:
+        """A model is about to run: the copies of the one before make room for its own."""
+        if self._present is not None and self._present is not tracker:
+            self._present.weight_copies.drop()
+        self._present = tracker
+
+
+def homes_of(module: nn.Module, policy: Policy) -> Homes:
+    """Where a module's weights are kept while they are away: on disk for one that runs on the CPU, unless told so."""
+    on_cpu = all(weight.device.type == "cpu" for weight in (*module.parameters(), *module.buffers()))
+    swap = policy.swap or Swap()
+    return Homes(weight_slots(module), swap.to or ("disk" if on_cpu else "host"), swap.folder)
+
+
 class _PerThread(threading.local):
     def __init__(self) -> None:
         self.tracker = RunTracker()
@@ -48,13 +77,25 @@ class Runtime:
         module: the user's module, in evaluation mode when it is called.
         policy: what to do with it.
         method: which of its methods to run by programs.
+        homes: where its weights are kept while they are away; shared by all that runs the module.
+        ledger: who is on the device; shared by all models that must not be there at the same time.
+        may_stay_eager: whether a module that cannot be captured runs as it is, its weights fetched as a whole.
 
     Raises:
         ArgumentError: the policy's rates name a parameter that `forward` does not have.
         CutError: the policy cuts at a module path that does not exist.
     """
 
-    def __init__(self, module: nn.Module, policy: Policy, method: str = "forward") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        policy: Policy,
+        method: str = "forward",
+        *,
+        homes: Homes | None = None,
+        ledger: Ledger | None = None,
+        may_stay_eager: bool = False,
+    ) -> None:
         register_distributions()
         self.module = module
         self.policy = policy
@@ -62,6 +103,11 @@ class Runtime:
         self.marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
         self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
         self.counts: Counter[str] = Counter()
+        self.homes = homes or homes_of(module, policy)
+        self._ledger = ledger or Ledger()
+        self._may_stay_eager = may_stay_eager
+        self._device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
+        self._uncaptured: str | None = None
         self._state = ModuleState.take(module)
         self._lock = threading.RLock()
         self._local = _PerThread()
@@ -74,14 +120,39 @@ class Runtime:
     def __call__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """One denoiser call: place it in its run, run the program that the schedule asks for, keep what it returns."""
         with torch.no_grad():
-            call = self.reader.read(args, kwargs)
-            refuse_autocast(call)
-            compiled = self.compile(call)
+            if self._uncaptured is not None:
+                return self._run_eagerly(args, kwargs)
+            try:
+                call = self.reader.read(args, kwargs)
+                refuse_autocast(call)
+                compiled = self.compile(call)
+            except (CaptureError, ArgumentError) as error:
+                if not self._may_stay_eager:
+                    raise
+                self._uncaptured = str(error)
+                log.info("%s runs as it is, its weights fetched as a whole: %s", self.reader.owner, error)
+                return self._run_eagerly(args, kwargs)
+            self._ledger.enter(self.tracker)
             try:
                 return self._run(call, compiled, self._locate(call, compiled))
             except BaseException:
                 self.tracker.reset()
                 raise
+
+    def _run_eagerly(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Run the module as it is, all of its weights on the device for as long as that takes."""
+        needed, budget = sum(_num_bytes(weight) for weight in self.module.parameters()), self.policy.memory_budget
+        if budget is not None and needed > budget:
+            raise BudgetError(
+                f"memory_budget: the weights of {self.reader.owner} take {format_bytes(needed)} and are fetched as a"
+                f" whole, because it cannot be captured; the budget is {format_bytes(budget)}. Raise it, load the"
+                f" module in half precision, or leave it out with components=[...]. Why it cannot be captured:"
+                f" {self._uncaptured}",
+                needed,
+            )
+        self._ledger.enter(self.tracker)
+        with self.homes.all_present(self._device):
+            return method_of(self.module, self.reader.method)(self.module, *args, **kwargs)
 
     def compile(self, call: Call) -> Compiled:
         """The programs for a call's signature, captured and built when it is new."""
@@ -104,13 +175,16 @@ class Runtime:
 
     def _build(self, call: Call) -> Compiled:
         captured = capture(self.module, call, mark=self.marked)
-        plan = with_chunks(captured, make_plan(captured, self.policy, self.module))
+        turns = self._ledger.is_shared
+        plan = with_memory(captured, make_plan(captured, self.policy, self.module), takes_turns=turns)
         for note in plan.notes:
             log.warning("%s", note)
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
+        resident = plan.swap.resident if plan.swap is not None else frozenset()
         bound = {
-            name: BoundProgram(program, self.module, captured.constants, names) for name, program in programs.items()
+            name: BoundProgram(program, self.module, captured.constants, names, resident)
+            for name, program in programs.items()
         }
         return Compiled(captured, plan, programs, bound, self._state)
 
@@ -134,42 +208,57 @@ class Runtime:
     def _run(self, call: Call, compiled: Compiled, position: Position) -> object:
         branch = position.branch
         num_steps = run.num_steps if (run := current_run()) is not None else None
-        full = compiled.plan.schedule.is_full(position.step, num_steps) or not position.certain or not branch.slots
+        if compiled.plan.swap is not None and position.begins_run:
+            self.homes.adopt(compiled.plan.swap.weights)
+        branch.stores.weight_copies = self.tracker.weight_copies
+        branch.stores.buffer = self.homes.buffer
         if "prologue" in compiled.bound:
             self._update_hoisted(call, compiled, branch)
-        name = "full" if full or compiled.plan.cut is None else "reuse"
+        name = self._program_for(compiled, position, num_steps)
         if name == "full":
-            branch.slots = {}  # a full step needs none of the old values, so they make room for its own
-        tensors, state = compiled.bound[name](call.tensors, branch.slots, branch.hoisted)
-        if compiled.plan.cut is not None and name == "full":
-            branch.slots = {slot.name: value for slot, value in zip(compiled.plan.cut.slots, state, strict=True)}
-        self.counts[name] += 1
+            branch.stores.slots.clear()  # a full step needs none of the old values, so they make room for its own
+            branch.stores.slot_copies.drop()
+        branch.since_full = 0 if name == "full" else branch.since_full + 1
+        tensors = compiled.bound[name](call.tensors, branch.stores)
+        self.counts[name.partition("_")[0]] += 1
         return compiled.capture.rebuild_output(tensors)
+
+    def _program_for(self, compiled: Compiled, position: Position, num_steps: int | None) -> str:
+        """The program that the schedule asks for: full wherever there is doubt, or nothing to reuse."""
+        plan, branch = compiled.plan, position.branch
+        if plan.cut is None or plan.schedule.is_full(position.step, num_steps) or not position.certain:
+            return "full"
+        name = "reuse"
+        if plan.swap is not None:
+            ahead = plan.schedule.steps_to_full(position.step, num_steps)
+            name = plan.swap.variants[plan.swap.step_for(branch.since_full + 1, ahead)]
+        wanted, stores = compiled.bound[name].slots_read, branch.stores
+        return name if all(slot in stores.slots or slot in stores.slot_copies for slot in wanted) else "full"
 
     def _update_hoisted(self, call: Call, compiled: Compiled, branch: Branch) -> None:
         """Run the prologue unless it has run in this run for these very tensors."""
         prologue = compiled.bound["prologue"]
         inputs = [call.tensors[i] for i in prologue.user_inputs]
         sources = [*inputs, *prologue.weights()]
-        key = tuple(map(_version, sources))
+        key = tuple(map(version_of, sources))
         if None not in key and key == branch.hoisted_key:
             return
         if _holds_for(branch, inputs, key):
             branch.hoisted_key, branch.hoisted_sources = key, sources
             return
-        _, values = prologue(call.tensors, {}, {})
-        branch.hoisted = {value.node: tensor for value, tensor in zip(compiled.plan.hoist.values, values, strict=True)}
+        branch.stores.hoisted = {}
+        prologue(call.tensors, branch.stores)
         branch.hoisted_key = key
         branch.hoisted_sources = sources
         self.counts["prologue"] += 1
 
     def kept_bytes(self) -> int:
         """Bytes of the slots that the calling thread holds now."""
-        return sum(_num_bytes(slot) for branch in self.tracker.branches for slot in branch.slots.values())
+        return sum(_num_bytes(slot) for branch in self.tracker.branches for slot in branch.stores.slots.values())
 
     def hoisted_bytes(self) -> int:
         """Bytes of the hoisted values that the calling thread holds now."""
-        return sum(_num_bytes(value) for branch in self.tracker.branches for value in branch.hoisted.values())
+        return sum(_num_bytes(value) for branch in self.tracker.branches for value in branch.stores.hoisted.values())
 
     def latest(self) -> Compiled:
         """What was made for the signature that was used last.
@@ -193,7 +282,7 @@ def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object
     old, old_key, count = branch.hoisted_sources, branch.hoisted_key, len(inputs)
     if old_key is None or None in key or len(old) != len(key) or any(t.device.type != "cpu" for t in inputs):
         return False
-    if tuple(map(_version, old)) != old_key or key[count:] != old_key[count:]:
+    if tuple(map(version_of, old)) != old_key or key[count:] != old_key[count:]:
         return False
     return all(map(torch.equal, inputs, old))
 
@@ -239,11 +328,6 @@ def _all_equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Te
 
 def _same_object(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b
-
-
-def _version(tensor: torch.Tensor) -> tuple[int, int, int] | None:
-    """Identity and version of a tensor's content; None for inference tensors, which count no versions."""
-    return None if tensor.is_inference() else (id(tensor), tensor.data_ptr(), tensor._version)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lightcache_fx.errors import ScheduleError
 from lightcache_fx.policy import Cache
+
+_LOOK_AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,22 @@ class Schedule:
         if self.steps is not None:
             return step in self.steps
         return step % (self.interval or 1) == 0
+
+    def typical_interval(self) -> int:
+        """The commonest distance from one full step to the next, the shorter of two as common; 1 without reuse."""
+        if self.interval is not None:
+            return self.interval
+        flags = [index for index, full in enumerate(self.mask or ()) if full] if self.mask is not None else []
+        full = sorted(self.steps) if self.steps is not None else flags
+        total = self.num_steps or (len(self.mask) if self.mask is not None else full[-1] + 2)
+        gaps = Counter(b - a for a, b in pairwise([*full, total]))
+        return min(gaps, key=lambda gap: (-gaps[gap], gap))
+
+    def steps_to_full(self, step: int, num_steps: int | None = None) -> int | None:
+        """How many steps after `step` the next full one is; None where the run ends before, or is not known to last."""
+        total = num_steps or self.num_steps or (len(self.mask) if self.mask is not None else None)
+        last = total if total is not None else step + _LOOK_AHEAD
+        return next((later - step for later in range(step + 1, last) if self.is_full(later, num_steps)), None)
 
     def describe(self) -> str:
         """`every 3rd step full`-like, for tables."""

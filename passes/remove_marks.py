@@ -16,6 +16,10 @@ def remove_marks(graph: fx.Graph) -> PassResult:
     """
     found = [node for node in calls(graph) if node.target is MARK]
     for node in found:
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if "lightcache_slot" in node.meta:  # what was marked is the slot now
+            source.meta["lightcache_slot"] = node.meta["lightcache_slot"]
+        node.replace_all_uses_with(source)
         graph.erase_node(node)
     return PassResult(graph, bool(found), {"marks": len(found)})

@@ -1,0 +1,263 @@
+"""What is done to keep memory budgets: chunked regions, swapped weights and features, or both, at the least time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from torch import fx
+
+from lightcache_fx.capture import Capture
+from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
+from lightcache_fx.errors import BudgetError
+from lightcache_fx.graphs import describe, input_of, num_bytes, placeholders
+from lightcache_fx.hardware import Hardware, hardware_of
+from lightcache_fx.liveness import timeline
+from lightcache_fx.passes.chunk_regions import chunked_copy
+from lightcache_fx.passes.insert_transfers import Transfers
+from lightcache_fx.plan import Plan
+from lightcache_fx.policy import Swap
+from lightcache_fx.program import modules_of, whole_graphs
+from lightcache_fx.simulator import simulate
+from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
+from lightcache_fx.swapping import SwapSchedule, leaving_after_use, priced, transfers_of, workload_of
+from lightcache_fx.units import format_bytes
+from lightcache_fx.workload import Workload
+
+log = logging.getLogger(__name__)
+
+_PLAN_TRIES = 3
+_BISECTIONS = 6
+_NO_TIME = 1.01
+"""Swapping that takes up to so many times as long counts as costing no time."""
+Limit = Callable[[str], int | None]
+
+
+def with_memory(
+    capture: Capture,
+    plan: Plan,
+    *,
+    cuda: bool | None = None,
+    hardware: Hardware | None = None,
+    takes_turns: bool = False,
+) -> Plan:
+    """The plan with the regions and transfers of each of its programs, where its policy asks for any.
+
+    Args:
+        capture: of the model.
+        plan: what was decided before.
+        cuda: predict memory for a CUDA device or for the CPU; by default for the one that the values are on.
+        hardware: what the machine does in a second; by default as measured here, or typical of such a device.
+        takes_turns: whether other models run on the device in turns with this one, so that its weights leave it then.
+
+    Raises:
+        BudgetError: a budget cannot be kept whatever is cut and swapped.
+        RegionError: an explicit region that does not exist in any program, or that cannot be cut.
+        SwapError: the machine cannot be measured because there is no room to swap to.
+    """
+    policy = plan.policy
+    if policy.memory_budget is not None:
+        within = _within(capture, plan, policy.memory_budget, cuda, hardware)
+        assert within.swap is not None
+        return within if within.swap.moves or takes_turns else replace(within, swap=None)
+    plan = with_chunks(capture, plan, _nothing, cuda=cuda)
+    if policy.swap is None:
+        return plan
+    return with_swaps(capture, plan, policy.swap, cuda=cuda, hardware=hardware)
+
+
+def _within(capture: Capture, plan: Plan, budget: int, cuda: bool | None, hardware: Hardware | None) -> Plan:
+    """The fastest of: swapping as it is, everything resident and chunked to what is left, and swapping with chunks."""
+    swap = plan.policy.swap or Swap()
+    best: tuple[float, Plan] | None = None
+    floor: BudgetError | None = None
+    for limit in _limits(capture, plan, budget):
+        try:
+            chunked = with_chunks(capture, plan, limit, cuda=cuda)
+            found = with_swaps(capture, chunked, swap, budget=budget, cuda=cuda, hardware=hardware)
+        except BudgetError as error:
+            log.debug("within %s: %s", format_bytes(budget), error)
+            floor = error if floor is None or (error.reached or 0) < (floor.reached or 0) else floor
+            continue
+        assert found.swap is not None
+        seconds = found.swap.plan.simulation.seconds
+        if best is None or seconds < best[0]:
+            best = seconds, found
+        if found.swap.plan.slowdown <= _NO_TIME - 1 and not found.chunks:
+            break
+    if best is None:
+        assert floor is not None
+        raise floor
+    return best[1]
+
+
+def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
+    """What activations may take: whatever they do, what is left beside all weights, and what is left beside few."""
+    yield _nothing
+    held = plan.weight_bytes + plan.hoist.num_bytes
+
+    def beside_all(name: str) -> int:
+        return budget - held - (plan.kept_bytes if name == "reuse" else 0)
+
+    if beside_all("reuse") > 0:
+        yield beside_all
+    graphs = whole_graphs(capture, plan)
+    largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
+    for share in (1.0, 0.75):
+        few = int(share * (budget - plan.hoist.num_bytes - 2 * _weight_bytes(largest)))
+        if few > 0:
+            yield {}.fromkeys(graphs, few).get
+
+
+def with_swaps(
+    capture: Capture,
+    plan: Plan,
+    swap: Swap,
+    *,
+    budget: int | None = None,
+    cuda: bool | None = None,
+    hardware: Hardware | None = None,
+) -> Plan:
+    """The plan with the transfers of each of its programs.
+
+    Args:
+        capture: of the model.
+        plan: with its chunks.
+        swap: what may be away.
+        budget: bytes on the device; by default as `swap` says.
+        cuda: as for `with_memory`.
+        hardware: as for `with_memory`.
+
+    Raises:
+        BudgetError: the budget is below what the most demanding call needs.
+    """
+    graphs = {}
+    for name, graph in whole_graphs(capture, plan).items():
+        whole = fx.GraphModule(modules_of(capture, graph), graph)
+        graphs[name] = (
+            chunked_copy(whole.graph, plan.chunks[name].chunking).graph if name in plan.chunks else whole.graph
+        )
+    on_cuda = timeline(graphs["full"], cuda=cuda).cuda
+    hardware = hardware or hardware_of(graphs["full"], cuda=on_cuda, folder=swap.folder)
+    programs = {
+        name: priced(name, graph, hardware.machine, weights=swap.weights, features=swap.features, cuda=cuda)
+        for name, graph in graphs.items()
+    }
+    held = plan.hoist.num_bytes + max(program.held_bytes for program in programs.values())
+    held += 0 if swap.features else plan.kept_bytes
+    steps = plan.period if capture.layout.is_repeated else ("full",)
+    cycle = workload_of([programs[name] for name in steps], held, cyclic=capture.layout.is_repeated)
+    budget = _swap_budget(swap, cycle, hardware) if budget is None else budget
+    found = _planned(plan.model, cycle, budget, hardware)
+    if not cycle.cyclic:
+        residence = leaving_after_use(found.residence, cycle)
+        found = replace(
+            found, residence=residence, simulation=simulate(cycle, residence, hardware.link), resident_bytes=0
+        )
+    prologue = Transfers()
+    if "prologue" in programs:
+        once = workload_of([programs["prologue"]], held, cyclic=False)
+        (prologue,) = transfers_of(
+            leaving_after_use(_planned(plan.model, once, budget, hardware).residence, once), once
+        )
+    transfers = transfers_of(found.residence, cycle)
+    schedule = SwapSchedule(tuple(steps), transfers, prologue, found, cycle, hardware, "host" if on_cuda else "disk")
+    return replace(plan, swap=schedule)
+
+
+def _planned(model: str, workload: Workload, budget: int, hardware: Hardware) -> SwapPlan:
+    try:
+        return plan_swaps(workload, budget, hardware.link)
+    except BudgetError as error:
+        raise BudgetError(f"{model}: {error}", error.reached) from None
+
+
+def _swap_budget(swap: Swap, workload: Workload, hardware: Hardware) -> int:
+    """Bytes as asked for; where nothing is, the least at which swapping takes no time, by prediction."""
+    everything = max(op.live_bytes for op in workload.ops) + sum(m.num_bytes for m in workload.movables.values())
+    if isinstance(swap.budget, int):
+        return swap.budget
+    if not workload.cyclic:  # it begins with nothing on the device, and waits for that whatever the budget
+        return everything
+    if isinstance(swap.budget, str):
+        return int(float(swap.budget.removesuffix("%")) / 100 * everything)
+    low, high = floor_of(workload)[0], everything
+    for _ in range(_BISECTIONS):
+        middle = (low + high) // 2
+        if plan_swaps(workload, middle, hardware.link).slowdown <= _NO_TIME - 1:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def with_chunks(capture: Capture, plan: Plan, limit: Limit, *, cuda: bool | None = None) -> Plan:
+    """The plan with the regions of each of its programs, where its policy asks for chunks or activations are limited.
+
+    Args:
+        capture: of the model.
+        plan: what was decided before.
+        limit: the most bytes that the activations of a program may take, beside what the policy says of them.
+        cuda: as for `with_memory`.
+
+    Raises:
+        BudgetError: a program's peak stays above the budget whatever is cut.
+        RegionError: an explicit region that does not exist in any program, or that cannot be cut.
+    """
+    policy = plan.policy
+    frames = policy.frames_at_a_time() if capture.layout.method != "forward" else None
+    explicit = policy.chunk.regions if policy.chunk is not None else []
+    chunks = {}
+    for name, graph in whole_graphs(capture, plan).items():
+        if policy.chunk is None and frames is None and limit(name) is None:
+            continue
+        regions = explicit if name != "prologue" else []
+        whole = fx.GraphModule(modules_of(capture, graph), graph)
+        layers = policy.chunk.layers if policy.chunk is not None and name != "prologue" else None
+        request = Request(_activations(plan, limit(name), whole.graph, cuda), regions, frames, cuda, layers=layers)
+        chunks[name] = _plan_exactly(whole, request)
+        if not chunks[name].fits:
+            raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
+    return replace(plan, chunks=chunks)
+
+
+def _plan_exactly(whole: fx.GraphModule, request: Request) -> ChunkPlan:
+    """A chunk plan whose peak is that of the finished graph's own timeline, planned again where that is too high."""
+    budget = goal = request.budget
+    for _ in range(_PLAN_TRIES):
+        chunk = plan_program(whole.graph, replace(request, budget=goal))
+        estimate = chunk.peak_after
+        built = chunked_copy(whole.graph, chunk.chunking)
+        exact = timeline(built.graph, cuda=request.cuda).peak_bytes
+        allowed = max(chunk.budget, exact) if budget is None else budget  # nothing was asked: whatever comes is right
+        chunk = replace(chunk, peak_after=exact, budget=allowed)
+        if goal is None or budget is None or chunk.fits or estimate > goal:
+            break
+        goal = int(0.99 * goal * budget / chunk.peak_after)
+    return chunk
+
+
+def _activations(plan: Plan, limit: int | None, graph: fx.Graph, cuda: bool | None) -> int | None:
+    """Bytes for the activations of a program."""
+    asked = plan.policy.chunk.budget if plan.policy.chunk is not None else None
+    if isinstance(asked, str):
+        asked = int(float(asked.removesuffix("%")) / 100 * timeline(graph, cuda=cuda).peak_bytes)
+    return min((size for size in (asked, limit) if size is not None), default=None)
+
+
+def _nothing(_: str) -> None:
+    """No limit."""
+
+
+def _weight_bytes(node: fx.Node) -> int:
+    return num_bytes(node) if input_of(node).kind == "weight" else 0
+
+
+def _explain_floor(plan: Plan, name: str, chunk: ChunkPlan, graph: fx.Graph) -> str:
+    limit = next((describe(node) for node in graph.nodes if node.name == chunk.limit_node), f"%{chunk.limit_node}")
+    return (
+        f"budget: the activations of {plan.model}'s {name} program cannot be cut to {format_bytes(chunk.budget)}; the"
+        f" least that chunking reaches is {format_bytes(chunk.peak_after)} (from {format_bytes(chunk.peak_before)}),"
+        f" set by {limit}; raise the budget to that, or make the latent smaller"
+    )

@@ -1,0 +1,308 @@
+"""From programs to what the swap planner looks at, and from its decision back to what each program copies when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+from torch._ops import OpOverload
+
+from lightcache_fx.arena import is_dense
+from lightcache_fx.chunked import ChunkedRegion
+from lightcache_fx.costs import Machine, is_free, slowdown
+from lightcache_fx.flops import count_flops
+from lightcache_fx.graphs import (
+    alias_root,
+    calls,
+    concrete_size,
+    input_of,
+    is_view,
+    num_bytes,
+    output_node,
+    outputs,
+    placeholders,
+    tensors_of,
+)
+from lightcache_fx.hardware import Hardware
+from lightcache_fx.homes import Tier
+from lightcache_fx.liveness import timeline
+from lightcache_fx.passes.insert_transfers import LocalStay, MadeSlot, Transfers
+from lightcache_fx.swap_planner import SwapPlan
+from lightcache_fx.workload import Movable, Op, Residence, Stay, Step, Workload
+
+SMALLEST = 2**14
+"""Weights of fewer bytes stay on the device: a copy's latency costs more than their room is worth."""
+_SMALL_SHARE = 1 / 256
+"""Of all weights: a larger one may be away however small it is."""
+
+
+@dataclass(frozen=True)
+class PricedProgram:
+    """A program as the planner sees it.
+
+    Attributes:
+        name: of the program.
+        ops: its calls, but for views of what can be away, which cost nothing and are made again where they are read.
+        movables: what it reads or makes that can be away.
+        held_bytes: weights that stay on the device whatever is planned.
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    movables: Mapping[str, Movable]
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class SwapSchedule:
+    """What is copied when: for each step of a period, and for the prologue.
+
+    Attributes:
+        names: the program of each step; the first is a full one, all others reuse.
+        transfers: of each step.
+        prologue: of the program that runs once a generation.
+        plan: what was decided for the period, with what it is predicted to take.
+        workload: what was planned for.
+        hardware: likewise.
+        tier: where things are kept.
+    """
+
+    names: tuple[str, ...]
+    transfers: tuple[Transfers, ...]
+    prologue: Transfers
+    plan: SwapPlan
+    workload: Workload
+    hardware: Hardware
+    tier: Tier
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything leaves the device while the model runs."""
+        return any(transfers.moves for transfers in (*self.transfers, self.prologue))
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """All weights that can be away: where they are kept when another model runs."""
+        return frozenset(name for name, movable in self.workload.movables.items() if movable.kind == "weight")
+
+    @cached_property
+    def resident(self) -> frozenset[str]:
+        """Those that stay on the device from one step to the next."""
+        return self.weights & self.plan.residence.resident
+
+    @cached_property
+    def variants(self) -> tuple[str, ...]:
+        """For each step, the name of its program among those that copy at other moments: `reuse`, `reuse_2`, ..."""
+        known: dict[tuple[str, Transfers], str] = {}
+        for name, transfers in zip(self.names, self.transfers, strict=True):
+            same_name = sum(base == name for base, _ in known)
+            known.setdefault((name, transfers), name if not same_name else f"{name}_{same_name + 1}")
+        return tuple(known[pair] for pair in zip(self.names, self.transfers, strict=True))
+
+    def step_for(self, since_full: int, until_full: int | None) -> int:
+        """The step of the period that a reuse step is most like, by its distance from the full steps around it."""
+        last = len(self.names) - 1
+        ahead = since_full if until_full is None else len(self.names) - until_full
+        return min(max(1, ahead), last)
+
+
+def priced(
+    name: str,
+    graph: fx.Graph,
+    machine: Machine,
+    *,
+    weights: bool = True,
+    features: bool = True,
+    cuda: bool | None = None,
+) -> PricedProgram:
+    """A program's calls with their times, bytes, and what they read and make that can be away.
+
+    Args:
+        name: of the program.
+        graph: complete, its regions chunked, without transfers.
+        machine: what its device does in a second.
+        weights: whether weights may be away.
+        features: whether slots may be away.
+        cuda: as for `timeline`.
+    """
+    line = timeline(graph, cuda=cuda)
+    sources = dict(_movable_inputs(graph, line.rounding, weights=weights, features=features))
+    made = dict(_made_slots(graph, line.rounding)) if features else {}
+    seconds = seconds_of_calls(graph, machine, cuda=line.cuda)
+    places = {step.node: index for index, step in enumerate(line.steps)}
+    since = {slot.name: places[_maker(node)] for node, slot in made.items()}
+    ops = []
+    for index, step in enumerate(line.steps):
+        node = step.node
+        if alias_root(node) in sources:
+            continue
+        read = [sources[root].name for root in dict.fromkeys(map(alias_root, node.all_input_nodes)) if root in sources]
+        read += [
+            slot.name for slot_node, slot in made.items() if index > since[slot.name] and _touches(node, slot_node)
+        ]
+        own = sum(slot.num_bytes for slot in made.values() if since[slot.name] <= index)
+        written = tuple(slot.name for slot_node, slot in made.items() if _maker(slot_node) is node)
+        ops.append(Op(node.name, seconds[node], step.peak - own, tuple(read), written))
+    movables = {movable.name: movable for movable in (*sources.values(), *made.values())}
+    named = {op_name for op in ops for op_name in (*op.reads, *op.writes)}
+    movable_weights = sum(m.num_bytes for m in sources.values() if m.kind == "weight" and m.name in named)
+    all_weights = sum(rounded(n, line.rounding) for n in placeholders(graph) if input_of(n).kind == "weight")
+    return PricedProgram(
+        name, tuple(ops), {name: m for name, m in movables.items() if name in named}, all_weights - movable_weights
+    )
+
+
+def rounded(node: fx.Node, rounding: int) -> int:
+    """A node's bytes as the device's allocator rounds them."""
+    return -(-num_bytes(node) // rounding) * rounding
+
+
+def _movable_inputs(
+    graph: fx.Graph, rounding: int, *, weights: bool, features: bool
+) -> Iterator[tuple[fx.Node, Movable]]:
+    """Weights and slots that a program is given and that may be away: dense ones that it does not return."""
+    returned = {alias_root(node) for node in output_node(graph).all_input_nodes}
+    total = sum(num_bytes(node) for node in placeholders(graph) if input_of(node).kind == "weight")
+    least = min(SMALLEST, int(_SMALL_SHARE * total))
+    for node in placeholders(graph):
+        kind = input_of(node).kind
+        if node in returned or not all(map(is_dense, tensors_of(node))):
+            continue
+        if kind == "weight" and weights and num_bytes(node) >= least and not _is_written(node):
+            yield node, Movable(input_of(node).name, rounded(node, rounding), "weight")
+        elif kind == "slot" and features and not _is_written(node):
+            yield node, Movable(input_of(node).name, rounded(node, rounding), "slot")
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether a call writes to an input or to a view of it."""
+    return any(
+        user.op == "call_function"
+        and isinstance(user.target, OpOverload)
+        and (user.target._schema.is_mutable or (is_view(user) and _is_written(user)))
+        for user in node.users
+    )
+
+
+def _made_slots(graph: fx.Graph, rounding: int) -> Iterator[tuple[fx.Node, Movable]]:
+    for node in outputs(graph):
+        if isinstance(node, fx.Node) and "lightcache_slot" in node.meta:
+            yield node, Movable(node.meta["lightcache_slot"], rounded(node, rounding), "slot")
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The call whose result a slot is, or is taken out of."""
+    while is_view(node) and isinstance(node.args[0], fx.Node) and node.args[0].op != "placeholder":
+        node = node.args[0]
+    return node
+
+
+def _touches(node: fx.Node, slot: fx.Node) -> bool:
+    """Whether a call reads a slot or a view of it."""
+    maker = _maker(slot)
+    return any(_maker(argument) is maker and _is_or_views(argument, slot) for argument in node.all_input_nodes)
+
+
+def _is_or_views(node: fx.Node, slot: fx.Node) -> bool:
+    while node is not slot and is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node is slot
+
+
+def seconds_of_calls(graph: fx.Graph, machine: Machine, *, cuda: bool) -> dict[fx.Node, float]:
+    """Predicted time of each call; a region's is that of all its chunks, one after the other."""
+    flops = count_flops(graph)
+    found: dict[fx.Node, float] = {}
+    for node in calls(graph):
+        region = node.meta.get("lightcache_region")
+        if isinstance(region, ChunkedRegion):
+            found[node] = _region_seconds(region, machine, cuda=cuda)
+        elif is_free(node, flops.get(node, 0)):
+            found[node] = 0.0
+        else:
+            found[node] = _call_seconds(node, flops.get(node, 0), machine, cuda=cuda)
+    return found
+
+
+def _call_seconds(node: fx.Node, flops: int, machine: Machine, *, cuda: bool) -> float:
+    slower = 1.0
+    if flops and not cuda and tensors_of(node.all_input_nodes[0]):
+        slower = slowdown(node, [concrete_size(size) for size in tensors_of(node.all_input_nodes[0])[0].shape])
+    moving = sum(map(machine.moving, (num_bytes(node), *map(num_bytes, node.all_input_nodes))))
+    return machine.seconds(flops * slower, moving) + machine.allocating(0 if is_view(node) else num_bytes(node))
+
+
+def _region_seconds(region: ChunkedRegion, machine: Machine, *, cuda: bool) -> float:
+    bodies = [region.body(index).graph for index in range(len(region.bodies))]
+    each = [sum(seconds_of_calls(graph, machine, cuda=cuda).values()) for graph in bodies]
+    written = [sum(machine.moving(num_bytes(n)) + machine.launch for n in outputs(graph)) for graph in bodies]
+    return sum(each[chunk.body] + written[chunk.body] for chunk in region.chunks)
+
+
+def workload_of(programs: Sequence[PricedProgram], held_bytes: int, *, cyclic: bool) -> Workload:
+    """A period in which these programs run one after the other.
+
+    Args:
+        programs: one for each step.
+        held_bytes: what is on the device beside what the programs allocate and what can be away.
+        cyclic: as in `Workload`.
+    """
+    known: dict[int, Step] = {}
+    for program in programs:
+        if id(program) not in known:
+            ops = [Op(op.name, op.seconds, op.live_bytes + held_bytes, op.reads, op.writes) for op in program.ops]
+            known[id(program)] = Step(program.name, tuple(ops))
+    movables = {name: movable for program in programs for name, movable in program.movables.items()}
+    return Workload(tuple(known[id(program)] for program in programs), movables, cyclic)
+
+
+def transfers_of(residence: Residence, workload: Workload) -> tuple[Transfers, ...]:
+    """What each step's program copies."""
+    period = len(workload.ops)
+    found = []
+    for begin, end in zip(workload.starts, workload.starts[1:], strict=False):
+        shifts = (0, -period) if workload.cyclic else (0,)
+        here = [
+            (stay, shift)
+            for shift in reversed(shifts)
+            for stay in residence.stays
+            if stay.begin + shift < end and stay.end + shift >= begin
+        ]
+        stays = tuple(
+            _local(stay, shift, begin, end, workload)
+            for stay, shift in here
+            if not (stay.made and shift == 0 and stay.begin >= begin)
+        )
+        made = {stay.name: stay for stay, shift in here if stay.made and begin <= stay.begin + shift < end}
+        written = [name for op in workload.ops[begin:end] for name in op.writes]
+        slots = tuple(_made(name, made.get(name), end, workload) for name in written)
+        found.append(Transfers(stays, slots))
+    return tuple(found)
+
+
+def _local(stay: Stay, shift: int, begin: int, end: int, workload: Workload) -> LocalStay:
+    first, last = stay.begin + shift, stay.end + shift
+    ops = workload.ops
+    reads = tuple(ops[i].name for i in range(max(begin, first), min(end, last + 1)) if stay.name in ops[i].reads)
+    prefetch = ops[first].name if first >= begin and not stay.made else None
+    return LocalStay(stay.name, workload.movables[stay.name].kind, prefetch, reads, last >= end)
+
+
+def _made(name: str, stay: Stay | None, end: int, workload: Workload) -> MadeSlot:
+    if stay is None:  # resident: plain state
+        return MadeSlot(name, None, handed_on=False)
+    release = workload.ops[min(stay.end, end - 1)].name if stay.offloaded else None
+    return MadeSlot(name, release, handed_on=stay.end >= end)
+
+
+def leaving_after_use(residence: Residence, workload: Workload) -> Residence:
+    """The same for a program that is not repeated: what was to stay is fetched at its begin, in order of first use."""
+    uses: dict[str, list[int]] = {}
+    for index, op in enumerate(workload.ops):
+        for name in (*op.reads, *op.writes):
+            uses.setdefault(name, []).append(index)
+    fetched = [Stay(name, 0, uses[name][0], uses[name][-1]) for name in residence.resident]
+    stays = sorted([*residence.stays, *fetched], key=lambda stay: (stay.begin, stay.first, stay.name))
+    return Residence(frozenset(), tuple(stays))
