@@ -7,6 +7,7 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 from lightcache_fx import errors
 from lightcache_fx.module import Report, decode_frames, inspect, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
+from lightcache_fx.pipeline_plan import PipelinePlan, Stage, plan_pipeline
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Auto, Cache, Chunk, Decode, Layers, Policy, Region, Residual, Swap
 from lightcache_fx.printer import diff, format_graph, print_diff
@@ -20,11 +21,13 @@ __all__ = [
     "Chunk",
     "Decode",
     "Layers",
+    "PipelinePlan",
     "Plan",
     "Policy",
     "Region",
     "Report",
     "Residual",
+    "Stage",
     "Swap",
     "branch_name",
     "decode_frames",
@@ -34,6 +37,7 @@ __all__ = [
     "inspect",
     "marked_run",
     "plan",
+    "plan_pipeline",
     "print_diff",
     "reset",
     "restore",

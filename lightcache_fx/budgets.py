@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -13,6 +13,7 @@ from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.errors import BudgetError
 from lightcache_fx.graphs import describe, input_of, num_bytes, placeholders
 from lightcache_fx.hardware import Hardware, hardware_of
+from lightcache_fx.homes import Tier
 from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.chunk_regions import chunked_copy
 from lightcache_fx.passes.insert_transfers import Transfers
@@ -23,7 +24,7 @@ from lightcache_fx.simulator import simulate
 from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
 from lightcache_fx.swapping import SwapSchedule, leaving_after_use, priced, transfers_of, workload_of
 from lightcache_fx.units import format_bytes
-from lightcache_fx.workload import Workload
+from lightcache_fx.workload import Link, Workload
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _PLAN_TRIES = 3
 _BISECTIONS = 6
 _NO_TIME = 1.01
 """Swapping that takes up to so many times as long counts as costing no time."""
+_GOOD_ENOUGH = 1.02
+"""Over the time of everything resident and whole: a plan that takes so much ends the search for a faster one."""
 Limit = Callable[[str], int | None]
 
 
@@ -70,26 +73,26 @@ def with_memory(
 def _within(capture: Capture, plan: Plan, budget: int, cuda: bool | None, hardware: Hardware | None) -> Plan:
     """The fastest of: swapping as it is, everything resident and chunked to what is left, and swapping with chunks."""
     swap = plan.policy.swap or Swap()
-    best: tuple[float, Plan] | None = None
-    floor: BudgetError | None = None
+    whole = _period(capture, plan, swap, cuda, hardware).cycle.seconds
+    found: list[tuple[float, Plan]] = []
+    floors: list[BudgetError] = []
     for limit in _limits(capture, plan, budget):
         try:
             chunked = with_chunks(capture, plan, limit, cuda=cuda)
-            found = with_swaps(capture, chunked, swap, budget=budget, cuda=cuda, hardware=hardware)
+            planned = with_swaps(
+                capture, chunked, swap, budget=budget, cuda=cuda, hardware=hardware, whole_seconds=whole
+            )
         except BudgetError as error:
             log.debug("within %s: %s", format_bytes(budget), error)
-            floor = error if floor is None or (error.reached or 0) < (floor.reached or 0) else floor
+            floors.append(error)
             continue
-        assert found.swap is not None
-        seconds = found.swap.plan.simulation.seconds
-        if best is None or seconds < best[0]:
-            best = seconds, found
-        if found.swap.plan.slowdown <= _NO_TIME - 1 and not found.chunks:
+        assert planned.swap is not None
+        found.append((planned.swap.plan.simulation.seconds, planned))
+        if found[-1][0] <= _GOOD_ENOUGH * whole:
             break
-    if best is None:
-        assert floor is not None
-        raise floor
-    return best[1]
+    if not found:
+        raise min(floors, key=lambda error: error.reached or 0)
+    return min(found, key=lambda entry: entry[0])[1]
 
 
 def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
@@ -118,6 +121,7 @@ def with_swaps(
     budget: int | None = None,
     cuda: bool | None = None,
     hardware: Hardware | None = None,
+    whole_seconds: float | None = None,
 ) -> Plan:
     """The plan with the transfers of each of its programs.
 
@@ -128,16 +132,46 @@ def with_swaps(
         budget: bytes on the device; by default as `swap` says.
         cuda: as for `with_memory`.
         hardware: as for `with_memory`.
+        whole_seconds: of a period with everything on the device and nothing cut; by default as the plan's chunks are.
 
     Raises:
         BudgetError: the budget is below what the most demanding call needs.
     """
+    period = _period(capture, plan, swap, cuda, hardware)
+    cycle, link = period.cycle, period.hardware.link
+    budget = _swap_budget(swap, cycle, link) if budget is None else budget
+    found = _planned(plan.model, cycle, budget, link)
+    if not cycle.cyclic:
+        residence = leaving_after_use(found.residence, cycle)
+        found = replace(found, residence=residence, simulation=simulate(cycle, residence, link), resident_bytes=0)
+    prologue = Transfers()
+    if period.prologue is not None:
+        once = _planned(plan.model, period.prologue, budget, link).residence
+        (prologue,) = transfers_of(leaving_after_use(once, period.prologue), period.prologue)
+    transfers = transfers_of(found.residence, cycle)
+    tier: Tier = "host" if period.on_cuda else "disk"
+    whole = cycle.seconds if whole_seconds is None else whole_seconds
+    schedule = SwapSchedule(period.names, transfers, prologue, found, whole, cycle, period.hardware, tier)
+    notes = plan.notes if schedule.warning is None else (*plan.notes, schedule.warning)
+    return replace(plan, swap=schedule, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Period:
+    """What a plan's programs are to the swap planner."""
+
+    names: tuple[str, ...]
+    cycle: Workload
+    prologue: Workload | None
+    hardware: Hardware
+    on_cuda: bool
+
+
+def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardware: Hardware | None) -> _Period:
     graphs = {}
     for name, graph in whole_graphs(capture, plan).items():
         whole = fx.GraphModule(modules_of(capture, graph), graph)
-        graphs[name] = (
-            chunked_copy(whole.graph, plan.chunks[name].chunking).graph if name in plan.chunks else whole.graph
-        )
+        graphs[name] = chunked_copy(whole.graph, plan.chunks[name].chunking).graph if name in plan.chunks else graph
     on_cuda = timeline(graphs["full"], cuda=cuda).cuda
     hardware = hardware or hardware_of(graphs["full"], cuda=on_cuda, folder=swap.folder)
     programs = {
@@ -146,34 +180,21 @@ def with_swaps(
     }
     held = plan.hoist.num_bytes + max(program.held_bytes for program in programs.values())
     held += 0 if swap.features else plan.kept_bytes
-    steps = plan.period if capture.layout.is_repeated else ("full",)
-    cycle = workload_of([programs[name] for name in steps], held, cyclic=capture.layout.is_repeated)
-    budget = _swap_budget(swap, cycle, hardware) if budget is None else budget
-    found = _planned(plan.model, cycle, budget, hardware)
-    if not cycle.cyclic:
-        residence = leaving_after_use(found.residence, cycle)
-        found = replace(
-            found, residence=residence, simulation=simulate(cycle, residence, hardware.link), resident_bytes=0
-        )
-    prologue = Transfers()
-    if "prologue" in programs:
-        once = workload_of([programs["prologue"]], held, cyclic=False)
-        (prologue,) = transfers_of(
-            leaving_after_use(_planned(plan.model, once, budget, hardware).residence, once), once
-        )
-    transfers = transfers_of(found.residence, cycle)
-    schedule = SwapSchedule(tuple(steps), transfers, prologue, found, cycle, hardware, "host" if on_cuda else "disk")
-    return replace(plan, swap=schedule)
+    repeated = capture.layout.is_repeated
+    names = plan.period if repeated else ("full",)
+    cycle = workload_of([programs[name] for name in names], held, cyclic=repeated)
+    prologue = workload_of([programs["prologue"]], held, cyclic=False) if "prologue" in programs else None
+    return _Period(names, cycle, prologue, hardware, on_cuda)
 
 
-def _planned(model: str, workload: Workload, budget: int, hardware: Hardware) -> SwapPlan:
+def _planned(model: str, workload: Workload, budget: int, link: Link) -> SwapPlan:
     try:
-        return plan_swaps(workload, budget, hardware.link)
+        return plan_swaps(workload, budget, link)
     except BudgetError as error:
         raise BudgetError(f"{model}: {error}", error.reached) from None
 
 
-def _swap_budget(swap: Swap, workload: Workload, hardware: Hardware) -> int:
+def _swap_budget(swap: Swap, workload: Workload, link: Link) -> int:
     """Bytes as asked for; where nothing is, the least at which swapping takes no time, by prediction."""
     everything = max(op.live_bytes for op in workload.ops) + sum(m.num_bytes for m in workload.movables.values())
     if isinstance(swap.budget, int):
@@ -185,7 +206,7 @@ def _swap_budget(swap: Swap, workload: Workload, hardware: Hardware) -> int:
     low, high = floor_of(workload)[0], everything
     for _ in range(_BISECTIONS):
         middle = (low + high) // 2
-        if plan_swaps(workload, middle, hardware.link).slowdown <= _NO_TIME - 1:
+        if plan_swaps(workload, middle, link).slowdown <= _NO_TIME - 1:
             high = middle
         else:
             low = middle

@@ -310,6 +310,21 @@ def plan(
         CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError: as the transformed module
             would on its first call.
     """
+    return plan_component(module, args, kwargs, policy, method=method, device=device, hardware=hardware)
+
+
+def plan_component(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    policy: Policy,
+    *,
+    method: str | None,
+    device: Literal["cpu", "cuda"] | None,
+    hardware: Hardware | None,
+    takes_turns: bool = False,
+) -> Plan:
+    """As `plan`; `takes_turns` where the module has the device in turns with others."""
     _check_module("plan", module)
     if isinstance(module, TransformedModule):
         module = module._lightcache.original
@@ -326,7 +341,9 @@ def plan(
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
     captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
     on_cuda = None if device is None else device == "cuda"
-    return with_memory(captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware)
+    return with_memory(
+        captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware, takes_turns=takes_turns
+    )
 
 
 def _check_module(function: str, module: object) -> None:

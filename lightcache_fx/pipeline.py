@@ -133,10 +133,14 @@ def _denoisers(pipe: Any, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _transformed(module: nn.Module, policy: Policy, ledger: Ledger) -> nn.Module:
-    """A component by what of the policy applies to it: to what neither denoises nor decodes, where its weights are."""
-    if is_autoencoder(module) or _takes_timestep(module):
-        return transform_component(module, policy, ledger)
-    return transform_component(module, policy.of_encoder(), ledger, may_stay_eager=True)
+    """A component by what of the policy applies to it."""
+    applies = policy_for_component(module, policy)
+    return transform_component(module, applies, ledger, may_stay_eager=applies is not policy)
+
+
+def policy_for_component(module: nn.Module, policy: Policy) -> Policy:
+    """All of a policy; for what neither denoises nor decodes, what it says of where weights are."""
+    return policy if is_autoencoder(module) or _takes_timestep(module) else policy.of_encoder()
 
 
 def _takes_timestep(module: nn.Module) -> bool:

@@ -63,7 +63,7 @@ class Plan:
         """The programs of the steps from one full step to the next; of a long interval, so many as are told apart."""
         if self.cut is None:
             return ("full",)
-        return ("full", *["reuse"] * (min(self.schedule.typical_interval(), MAX_PERIOD) - 1))
+        return ("full", *["reuse"] * (self.schedule.longest_interval(MAX_PERIOD) - 1))
 
     @property
     def kept_bytes(self) -> int:
@@ -115,6 +115,8 @@ class Plan:
         tables = [programs]
         if self.chunks:
             tables += [_peak_table(self.chunks), _region_table(self.chunks)]
+        if self.swap is not None:
+            tables.append(_swap_table(self.swap))
         if self.candidates:
             tables.append(_candidate_table(self.candidates, self.full_flops))
         return tables
@@ -159,6 +161,26 @@ def _region_table(chunks: Mapping[str, ChunkPlan]) -> Table:
     for name, chunk in chunks.items():
         for region in chunk.regions:
             table.add_row(name, f"%{region.first}", f"%{region.last}", str(region.axis), str(region.count))
+    return table
+
+
+def _swap_table(swap: SwapSchedule) -> Table:
+    plan, steady = swap.plan, swap.plan.simulation.steady
+    link, ops = swap.hardware.link, swap.workload.ops
+    table = Table(title=f"swapped to {swap.tier}, in a period of {len(swap.names)} steps", title_justify="left")
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    resident, movable = format_bytes(plan.resident_bytes), format_bytes(plan.movable_bytes)
+    table.add_row("on the device", f"{format_bytes(plan.peak_bytes)} at most, within {format_bytes(plan.budget)}")
+    table.add_row("the least possible", f"{format_bytes(plan.floor_bytes)}, set by %{ops[plan.floor_op].name}")
+    table.add_row("stay there", f"{resident} of the {movable} that can be away")
+    copied = f"{format_bytes(steady.to_device_bytes)} there, {format_bytes(steady.from_device_bytes)} back"
+    table.add_row("copied", f"{copied}; {link.to_device / 1e9:.1f} and {link.from_device / 1e9:.1f} GB/s")
+    waited, hidden = f"{1e3 * steady.stalled_seconds:.1f} ms waiting ({plan.slowdown:.1%})", plan.simulation.hidden
+    predicted = f"{1e3 * plan.simulation.seconds:.1f} ms, of which {waited}; {hidden:.0%} of copying is hidden"
+    table.add_row("predicted", predicted)
+    for stall in sorted(steady.stalls, key=lambda stall: -stall.seconds)[:3]:
+        table.add_row("waits", f"{1e3 * stall.seconds:.2f} ms at %{stall.name} for {stall.movable}: {stall.cause}")
     return table
 
 

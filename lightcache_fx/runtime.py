@@ -229,7 +229,7 @@ class Runtime:
         if plan.cut is None or plan.schedule.is_full(position.step, num_steps) or not position.certain:
             return "full"
         name = "reuse"
-        if plan.swap is not None:
+        if plan.swap is not None and len(plan.swap.names) > 1:
             ahead = plan.schedule.steps_to_full(position.step, num_steps)
             name = plan.swap.variants[plan.swap.step_for(branch.since_full + 1, ahead)]
         wanted, stores = compiled.bound[name].slots_read, branch.stores

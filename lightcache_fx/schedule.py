@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -82,15 +81,13 @@ class Schedule:
             return step in self.steps
         return step % (self.interval or 1) == 0
 
-    def typical_interval(self) -> int:
-        """The commonest distance from one full step to the next, the shorter of two as common; 1 without reuse."""
+    def longest_interval(self, at_most: int) -> int:
+        """The most steps from one full step to the next or to the run's end; `at_most` where that is not known."""
         if self.interval is not None:
-            return self.interval
-        flags = [index for index, full in enumerate(self.mask or ()) if full] if self.mask is not None else []
-        full = sorted(self.steps) if self.steps is not None else flags
-        total = self.num_steps or (len(self.mask) if self.mask is not None else full[-1] + 2)
-        gaps = Counter(b - a for a, b in pairwise([*full, total]))
-        return min(gaps, key=lambda gap: (-gaps[gap], gap))
+            return min(self.interval, at_most)
+        total = self.num_steps or (len(self.mask) if self.mask is not None else max(self.steps or ()) + at_most)
+        full = [step for step in range(total) if self.is_full(step)]
+        return min(max(b - a for a, b in pairwise([*full, total])), at_most)
 
     def steps_to_full(self, step: int, num_steps: int | None = None) -> int | None:
         """How many steps after `step` the next full one is; None where the run ends before, or is not known to last."""

@@ -30,10 +30,13 @@ from lightcache_fx.homes import Tier
 from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.insert_transfers import LocalStay, MadeSlot, Transfers
 from lightcache_fx.swap_planner import SwapPlan
+from lightcache_fx.units import format_bytes
 from lightcache_fx.workload import Movable, Op, Residence, Stay, Step, Workload
 
 SMALLEST = 2**14
 """Weights of fewer bytes stay on the device: a copy's latency costs more than their room is worth."""
+_PAYS = 0.1
+"""Swapping that makes a step slower by more than this share is warned of."""
 _SMALL_SHARE = 1 / 256
 """Of all weights: a larger one may be away however small it is."""
 
@@ -64,6 +67,7 @@ class SwapSchedule:
         transfers: of each step.
         prologue: of the program that runs once a generation.
         plan: what was decided for the period, with what it is predicted to take.
+        whole_seconds: what a period would take with everything on the device and nothing cut.
         workload: what was planned for.
         hardware: likewise.
         tier: where things are kept.
@@ -73,6 +77,7 @@ class SwapSchedule:
     transfers: tuple[Transfers, ...]
     prologue: Transfers
     plan: SwapPlan
+    whole_seconds: float
     workload: Workload
     hardware: Hardware
     tier: Tier
@@ -101,11 +106,47 @@ class SwapSchedule:
             known.setdefault((name, transfers), name if not same_name else f"{name}_{same_name + 1}")
         return tuple(known[pair] for pair in zip(self.names, self.transfers, strict=True))
 
+    def seconds_of(self, calls: int) -> float:
+        """Predicted time of so many calls, the first of them with nothing on the device yet."""
+        first, steady = self.plan.simulation.first.seconds, self.plan.simulation.seconds
+        if not self.workload.cyclic:
+            return calls * first
+        return first - steady + steady * calls / len(self.names)
+
+    def whole_seconds_of(self, calls: int) -> float:
+        """The same with everything there from the begin, and nothing cut."""
+        return self.whole_seconds * calls / len(self.names)
+
+    def copied_bytes_of(self, calls: int) -> float:
+        """Bytes copied to the device in so many calls."""
+        first, steady = self.plan.simulation.first, self.plan.simulation.steady
+        if not self.workload.cyclic:
+            return calls * first.to_device_bytes
+        return first.to_device_bytes + steady.to_device_bytes * max(0.0, calls / len(self.names) - 1)
+
+    @property
+    def warning(self) -> str | None:
+        """What to say where swapping costs much time."""
+        plan, steady = self.plan, self.plan.simulation.steady
+        if plan.slowdown <= _PAYS or not self.workload.cyclic:
+            return None
+        copying = 1e3 * (steady.to_device_seconds + steady.from_device_seconds)
+        return (
+            f"swapping does not pay within {format_bytes(plan.budget)}: copying takes {copying:.1f} ms of a period in"
+            f" which computing takes {1e3 * plan.simulation.compute_seconds:.1f} ms, so computing waits"
+            f" {1e3 * steady.stalled_seconds:.1f} ms ({plan.slowdown:.0%}); all weights and cached values on the device"
+            f" would take {format_bytes(plan.peak_bytes + plan.movable_bytes - plan.resident_bytes)} at most"
+        )
+
     def step_for(self, since_full: int, until_full: int | None) -> int:
-        """The step of the period that a reuse step is most like, by its distance from the full steps around it."""
+        """The step of the period that a reuse step is most like, by its distance from the full steps around it.
+
+        The last step of a period drops the slots, so it is taken only before a full step, or where there is but one.
+        """
         last = len(self.names) - 1
-        ahead = since_full if until_full is None else len(self.names) - until_full
-        return min(max(1, ahead), last)
+        if until_full is not None:
+            return max(1, len(self.names) - until_full)
+        return min(since_full, max(1, last - 1))
 
 
 def priced(

@@ -50,6 +50,38 @@ class Middle(nn.Module):
         return self.layer(torch.tanh(hidden * phase.to(hidden.dtype) + self.embed(encoder_hidden_states)))
 
 
+class Tower(nn.Module):
+    """A skip around blocks whose weights are large beside its activations.
+
+    Shapes: sample (B, 4), timestep () or (B,), encoder_hidden_states (B, 3) -> (B, 4). Cut 0 keeps the last block.
+    """
+
+    def __init__(self, num_blocks: int = 6, width: int = 64) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, width)
+        self.prompt = nn.Linear(3, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(num_blocks)
+        )
+        self.outer = nn.Linear(2 * width, 4)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+        self.eval().requires_grad_(False)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        skip = self.inner(sample)
+        phase = torch.sin(timestep.to(sample.dtype).reshape(-1, 1) / 100)
+        up = skip * phase + self.prompt(encoder_hidden_states)
+        for block in self.blocks:
+            up = up + block(up)
+        return self.outer(torch.cat([up, skip], dim=-1))
+
+
 def latent(seed: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 4, generator=torch.Generator().manual_seed(seed))
 
