@@ -1,6 +1,6 @@
 """Memory plans of full-size models, float16, from fake tensors: the activation peak today, and cut to a goal.
 
-    python -m benchmarks.memory_plans                # all models, about 20 minutes and 1 GB of memory
+    python -m benchmarks.memory_plans                # all models, about 7 minutes and 1 GB of memory
     python -m benchmarks.memory_plans --only svd-vae-8     # the others are kept as they are in the results file
 
 Peaks are predicted for a CUDA device. A goal that cannot be reached is reported with the least that is.

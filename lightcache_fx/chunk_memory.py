@@ -1,50 +1,62 @@
 """Predicted bytes and seconds of a program in which some regions run chunk by chunk, cheap enough to compare many.
 
-One timeline of the whole graph gives every call's storages; what a region changes is then arithmetic on them. The
-bytes of a chosen region's body are checked against the liveness of the body itself (`exactly`).
+One timeline of the whole graph gives every call's storages; what a region changes is then arithmetic on them. How many
+chunks it is cut into changes little of that arithmetic, so a `Stretch` keeps what it does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from lightcache_fx.axes import Axis, Need
 from lightcache_fx.axis_rules import CannotCut, needs_of
-from lightcache_fx.chunked import allocated, build_region
+from lightcache_fx.chunk_bodies import Bodies
+from lightcache_fx.chunked import allocated
 from lightcache_fx.costs import Machine, is_free, machine_of, slowdown
 from lightcache_fx.flops import count_flops
-from lightcache_fx.graphs import calls, concrete_size, num_bytes, output_node, tensors_of
-from lightcache_fx.in_place import Overwrite, laid_out_alike, overwrites, why_not
+from lightcache_fx.graphs import calls, num_bytes, output_node, tensors_of
+from lightcache_fx.in_place import Overwrite, laid_out_alike, why_not
 from lightcache_fx.liveness import Timeline, timeline
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion
-from lightcache_fx.regions import Region, full_value, ranges_of
+from lightcache_fx.regions import Region, full_value
 
 _END = 2**60
-_INNER = 2
-"""A chunk that stands for all that are not at a border."""
 
 
 class Memory:
     """A graph's storages and times, in a form in which a change is cheap to evaluate."""
 
-    def __init__(self, graph: fx.Graph, *, cuda: bool | None = None) -> None:
+    def __init__(self, graph: fx.Graph, *, cuda: bool | None = None, bodies: Bodies | None = None) -> None:
         self.graph = graph
+        self.bodies = Bodies() if bodies is None else bodies
+        """What is known of regions' bodies, of this graph and of others that share it."""
         self.order = list(calls(graph))
         self.place = {node: index for index, node in enumerate(self.order)}
         self.timeline: Timeline = timeline(graph, cuda=cuda)
         self.machine: Machine = machine_of(graph, cuda=self.timeline.cuda)
         self.flops = count_flops(graph)
+        self.size = {node: num_bytes(node) for node in graph.nodes}
+        """Bytes of each value's own elements."""
         self.own = {node: self.timeline.left_bytes(node) for node in self.order}
         """Bytes of the storages that a call leaves behind."""
         self.extra = {step.node: max(0, step.peak - step.before - self.own[step.node]) for step in self.timeline.steps}
         """Bytes that a call takes beside them while it runs."""
         self.roots = self.timeline.owners
+        self.touched = {
+            node: tuple(dict.fromkeys(r for n in (*node.all_input_nodes, node) for r in self.roots.get(n, ())))
+            for node in self.order
+        }
+        """The calls whose storages a call reads or makes."""
         self.last_use = self._last_uses()
         self._needs: dict[tuple[fx.Node, Axis], dict[fx.Node, Need | None] | CannotCut] = {}
+        self._allocated: dict[fx.Node, torch.Tensor] = {}
+        self._slowdowns: dict[tuple[fx.Node, tuple[Axis, int] | None], float] = {}
 
     def needs_of(self, node: fx.Node, axis: Axis) -> dict[fx.Node, Need | None]:
         """As `axis_rules.needs_of`, remembered."""
@@ -62,9 +74,7 @@ class Memory:
     def _last_uses(self) -> dict[fx.Node, int]:
         last: dict[fx.Node, int] = {node: index for index, node in enumerate(self.order)}
         for index, node in enumerate(self.order):
-            for source in (*node.all_input_nodes, node):
-                for root in self.roots.get(source, ()):
-                    last[root] = max(last[root], index)
+            last.update(dict.fromkeys(self.touched[node], index))
         for source in output_node(self.graph).all_input_nodes:
             for root in self.roots.get(source, ()):
                 last[root] = _END
@@ -76,28 +86,41 @@ class Memory:
         The input's storage holds this value alone, laid out as the output is, and nobody reads it behind call `end`,
         the last of the region's stretch.
         """
+        counts = Counter(owner for node in region.inputs for owner in self.roots.get(node, ()))
         sole = {
             index: full_value(source)
             for index, source in enumerate(region.inputs)
-            if self._is_alone(source, region, end) and not why_not(source, region, self.place, end)
+            if self._is_alone(source, counts, end) and not why_not(source, region, self.place, end)
         }
         return [
             (output, index)
             for output, node in enumerate(region.outputs)
             for index, value in sole.items()
-            if laid_out_alike(value, allocated(node))
+            if laid_out_alike(value, self.allocated(node))
         ]
 
-    def _is_alone(self, source: fx.Node, region: Region, end: int) -> bool:
-        """Whether an input's storage was seen to hold it alone and to die by call `end`."""
+    def allocated(self, node: fx.Node) -> torch.Tensor:
+        """As `chunked.allocated`, remembered."""
+        if node not in self._allocated:
+            self._allocated[node] = allocated(node)
+        return self._allocated[node]
+
+    def _is_alone(self, source: fx.Node, inputs_of: Mapping[fx.Node, int], end: int) -> bool:
+        """Whether an input's storage was seen to hold it alone and to die by call `end`.
+
+        Args:
+            source: the input.
+            inputs_of: for each call, how many of the region's inputs live in its storage.
+            end: the last call of the region's stretch.
+        """
         owners = self.roots.get(source, frozenset())
-        others = [node for node in region.inputs if not owners.isdisjoint(self.roots.get(node, ()))]
-        if len(owners) != 1 or others != [source]:
+        if len(owners) != 1:
             return False
         (owner,) = owners
         rounding = self.timeline.rounding
-        fills = self.own[owner] == -(-num_bytes(source) // rounding) * rounding
-        return fills and owner not in self.timeline.assumed and self.last_use[owner] <= end
+        fills = self.own[owner] == -(-self.size[source] // rounding) * rounding
+        alone = inputs_of[owner] == 1 and owner not in self.timeline.assumed
+        return fills and alone and self.last_use[owner] <= end
 
     @cached_property
     def seconds(self) -> dict[fx.Node, float]:
@@ -108,7 +131,7 @@ class Memory:
             if is_free(node, flops):
                 found[node] = 0.0
                 continue
-            moving = sum(map(machine.moving, (num_bytes(node), *map(num_bytes, node.all_input_nodes))))
+            moving = sum(machine.moving(self.size[value]) for value in (node, *node.all_input_nodes))
             allocating = machine.allocating(self.own[node]) + machine.allocating(self.extra[node])
             found[node] = machine.seconds(flops * self.slowdown(node, None), moving) + allocating
         return found
@@ -117,6 +140,12 @@ class Memory:
         """As `costs.slowdown`, for a convolution whose input is cut to so many positions of an axis."""
         if self.timeline.cuda or not self.flops.get(node, 0):
             return 1.0
+        if (node, part) not in self._slowdowns:
+            self._slowdowns[node, part] = self._slowdown(node, part)
+        return self._slowdowns[node, part]
+
+    @staticmethod
+    def _slowdown(node: fx.Node, part: tuple[Axis, int] | None) -> float:
         shape = list(tensors_of(node.all_input_nodes[0])[0].shape)
         if part is not None:
             axis, positions = part
@@ -125,13 +154,59 @@ class Memory:
 
 
 @dataclass(frozen=True, eq=False)
+class Stretch:
+    """A region at its place in a graph, and what holds of it into however many chunks it is cut.
+
+    Attributes:
+        memory: of the graph.
+        region: what runs chunk by chunk.
+        begin: the place of the first call of its stretch.
+        end: of the last.
+    """
+
+    memory: Memory
+    region: Region
+    begin: int
+    end: int
+    _beside: dict[tuple[Overwrite, ...], tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def replaceable(self) -> list[tuple[int, int]]:
+        """As `Memory.replaceable`."""
+        return self.memory.replaceable(self.region, self.end)
+
+    @cached_property
+    def dying(self) -> list[list[fx.Node]]:
+        """For each call of the body, the calls of it whose storages are not read or returned behind it."""
+        region, roots = self.region, self.memory.roots
+        last: dict[fx.Node, int] = {}
+        for position, node in enumerate(region.body):
+            last.update((root, position) for root in self.memory.touched[node] if root in region.axes)
+        returned = {root for node in region.outputs for root in roots[node]}
+        found: list[list[fx.Node]] = [[] for _ in region.body]
+        for root, position in last.items():
+            if root not in returned:
+                found[position].append(root)
+        return found
+
+    def reached(self, chosen: Chosen, live: int) -> int:
+        """The most that is live within the stretch when the region runs as chosen and so much is live before."""
+        if chosen.overwrites not in self._beside:
+            trial = replace(chosen, body_peak=0)
+            found = profile(self.memory, [trial], self.begin, self.end)
+            during = dict(zip(found.items, found.during, strict=True))
+            outputs = during.pop(trial)
+            self._beside[chosen.overwrites] = max(during.values(), default=0), outputs
+        beside, outputs = self._beside[chosen.overwrites]  # more than is live before
+        return live + max(beside, outputs + chosen.body_peak)
+
+
+@dataclass(frozen=True, eq=False)
 class Chosen:
     """A region and its number of chunks, with what they are predicted to take.
 
     Attributes:
-        begin: the place of the first call of its stretch.
-        end: of the last.
-        region: what runs chunk by chunk.
+        stretch: the region at its place.
         count: number of chunks.
         body_peak: bytes of the largest chunk's temporaries.
         seconds: beyond what the same nodes take unchunked.
@@ -139,9 +214,7 @@ class Chosen:
         overwrites: outputs that take the place of an input.
     """
 
-    begin: int
-    end: int
-    region: Region
+    stretch: Stretch
     count: int
     body_peak: int
     seconds: float = 0.0
@@ -149,10 +222,26 @@ class Chosen:
     overwrites: tuple[Overwrite, ...] = ()
 
     @property
+    def region(self) -> Region:
+        """What runs chunk by chunk."""
+        return self.stretch.region
+
+    @property
+    def begin(self) -> int:
+        """The place of the first call of its stretch."""
+        return self.stretch.begin
+
+    @property
+    def end(self) -> int:
+        """Of the last."""
+        return self.stretch.end
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of the outputs that are allocated."""
         over = {overwrite.output for overwrite in self.overwrites}
-        return sum(num_bytes(node) for index, node in enumerate(self.region.outputs) if index not in over)
+        size = self.stretch.memory.size
+        return sum(size[node] for index, node in enumerate(self.region.outputs) if index not in over)
 
     @property
     def overwritten(self) -> list[fx.Node]:
@@ -163,9 +252,10 @@ class Chosen:
         seed = self.region.seed.name
         return f"calls {self.begin} to {self.end}, {self.region.axis} of %{seed} in {self.count} chunks"
 
-    def planned(self, memory: Memory) -> PlannedRegion:
+    def planned(self) -> PlannedRegion:
         """By name, for the pass."""
-        first, last = memory.order[self.begin].name, memory.order[self.end].name
+        order = self.stretch.memory.order
+        first, last = order[self.begin].name, order[self.end].name
         return PlannedRegion(first, last, self.region.axis, self.count, self.bodies, self.overwrites)
 
 
@@ -217,9 +307,7 @@ def profile(
     dies: dict[int, int] = {}
     last: dict[fx.Node, int] = {}
     for node, position in place.items():
-        for source in (*node.all_input_nodes, node):
-            for root in memory.roots.get(source, ()):
-                last[root] = max(last.get(root, 0), position)
+        last.update(dict.fromkeys(memory.touched[node], position))
     outputs = {root for region in ends.values() for node in region.region.outputs for root in memory.roots[node]}
     overwritten = {root for region in ends.values() for node in region.overwritten for root in memory.roots[node]}
     for root, position in last.items():
@@ -236,116 +324,3 @@ def profile(
         result.before.append(live)
         live += born - dies.get(position, 0)
     return result
-
-
-def body_peak(memory: Memory, region: Region, count: int, replaced: Iterable[Overwrite] = ()) -> int:
-    """Predicted bytes of a chunk's temporaries: the body's liveness, each value scaled to its range.
-
-    With them count the parts of the chunk before that wait to be written over an input.
-    """
-    ranges = ranges_of(region, (count - 1) // 2, count)
-    last: dict[fx.Node, int] = {}
-    for position, node in enumerate(region.body):
-        for source in (*node.all_input_nodes, node):
-            for root in memory.roots.get(source, ()):
-                if root in region.axes:
-                    last[root] = position
-    for node in region.outputs:
-        for root in memory.roots[node]:
-            last[root] = _END
-    dying: dict[int, list[fx.Node]] = {}
-    for root, position in last.items():
-        dying.setdefault(position, []).append(root)
-
-    def local(node: fx.Node, size: int) -> int:
-        start, stop = ranges[node]
-        return size * (stop - start) // region.axes[node].size
-
-    live = peak = _copied_inputs(region, ranges) + sum(
-        local(node, num_bytes(node)) for node in (region.outputs[over.output] for over in replaced if over.delay)
-    )
-    for position, node in enumerate(region.body):
-        live += local(node, memory.own[node])
-        peak = max(peak, live + local(node, memory.extra[node]))
-        live -= sum(local(root, memory.own[root]) for root in dying.get(position, ()))
-    return peak
-
-
-def estimated(memory: Memory, region: Region, begin: int, end: int, count: int) -> Chosen:
-    """A region in `count` chunks, its bytes by arithmetic and its time left open."""
-    replaced = overwrites(region, count, memory.replaceable(region, end), (min(_INNER, count - 1),))
-    return Chosen(begin, end, region, count, body_peak(memory, region, count, replaced), overwrites=replaced)
-
-
-def exactly(memory: Memory, chosen: Chosen) -> Chosen:
-    """The same by the liveness of its bodies, as they will be built, and with its time."""
-    region, rounding = chosen.region, memory.timeline.rounding
-    candidates = memory.replaceable(region, chosen.end)
-    module = build_region(region, chosen.count, {}, candidates=candidates, rounding=rounding)
-    exact = replace(chosen, body_peak=module.memory_peak(rounding), overwrites=module.overwrites)
-    return replace(exact, seconds=chunk_seconds(memory, exact))
-
-
-def _copied_inputs(region: Region, ranges: dict[fx.Node, tuple[int, int]]) -> int:
-    """Bytes of the slices of inputs that are not views."""
-    largest: dict[tuple[fx.Node, Axis], int] = {}
-    for node in region.body:
-        for source, need in region.needs[node].items():
-            if need is not None and source not in region.axes and need.axis.outer > 1:
-                low, high = need.reach.of(*ranges[node], need.axis.size)
-                size = num_bytes(source) * (high - low) // need.axis.size
-                largest[source, need.axis] = max(size, largest.get((source, need.axis), 0))
-    return sum(largest.values())
-
-
-def _part(region: Region, node: fx.Node, ranges: Mapping[fx.Node, tuple[int, int]]) -> tuple[Axis, int] | None:
-    """How the first input of a cut node is cut for one chunk, and to how many positions."""
-    need = region.needs[node].get(node.all_input_nodes[0]) if node.all_input_nodes else None
-    if need is None:
-        return None
-    low, high = need.reach.of(*ranges[node], need.axis.size)
-    return need.axis, high - low
-
-
-def _run_bytes(node: fx.Node, axis: Axis, positions: int) -> int:
-    """Bytes that lie in a row in a slice of a value: a few where its innermost dimension is cut."""
-    value = tensors_of(node)[0]
-    return max(1, positions) * axis.inner * max(1, concrete_size(value.stride()[axis.dim])) * value.element_size()
-
-
-def chunk_seconds(memory: Memory, chosen: Chosen) -> float:
-    """Predicted time of a region in chunks beyond that of the same nodes unchunked."""
-    region, count, machine = chosen.region, chosen.count, memory.machine
-    ranges = ranges_of(region, (count - 1) // 2, count)
-
-    def share(node: fx.Node) -> float:
-        start, stop = ranges[node]
-        return (stop - start) / region.axes[node].size
-
-    def reading(node: fx.Node, source: fx.Node) -> float:
-        need, size = region.needs[node].get(source), num_bytes(source)
-        if need is None:
-            return machine.moving(size)
-        if source in region.axes:
-            return machine.moving(size * share(source))
-        low, high = need.reach.of(*ranges[node], need.axis.size)
-        part = size * (high - low) / need.axis.size
-        run = _run_bytes(source, need.axis, high - low)
-        return machine.moving(part) if size <= machine.cache else machine.slicing(part, run)
-
-    total = 0.0
-    for node in region.body:
-        flops = memory.flops.get(node, 0)
-        if is_free(node, flops):
-            continue
-        part = flops * share(node) * memory.slowdown(node, _part(region, node, ranges))
-        moving = machine.moving(num_bytes(node) * share(node)) + sum(reading(node, s) for s in node.all_input_nodes)
-        allocating = (machine.allocating(size[node] * share(node)) for size in (memory.own, memory.extra))
-        total += count * (machine.seconds(part, moving) + sum(allocating)) - memory.seconds[node]
-    over = {overwrite.output for overwrite in chosen.overwrites}
-    for index, node in enumerate(region.outputs):
-        size, axis = num_bytes(node), region.axes[node]
-        run = _run_bytes(node, axis, axis.size // count)
-        total += count * (machine.moving(size / count) + machine.launch) + machine.slicing(size, run)
-        total += 0.0 if index in over else machine.allocating(size)
-    return total + 2 * count * machine.moving(_copied_inputs(region, ranges))

@@ -11,20 +11,21 @@ import logging
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.axes import Axis
+from lightcache_fx.chunk_bodies import Bodies
 from lightcache_fx.chunk_memory import Chosen, Memory, profile
 from lightcache_fx.chunk_search import PlanBody, Search
 from lightcache_fx.explicit_regions import frame_by_frame, layer_by_layer, regions_of_module
-from lightcache_fx.graphs import copy_graph, tensors_of
+from lightcache_fx.graphs import copy_graph, layout_of
 from lightcache_fx.liveness import timeline
-from lightcache_fx.norm_splits import fewest_splits, norms_near_peaks, seconds_without_regions
+from lightcache_fx.norm_splits import fewest_splits, norms_near_peaks
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, chunked_copy
 from lightcache_fx.passes.split_group_norm import group_norms
 from lightcache_fx.policy import Layers, Region
+from lightcache_fx.regions import Blocked
 from lightcache_fx.rematerialization import recomputations
 
 log = logging.getLogger(__name__)
@@ -95,27 +96,49 @@ class ChunkPlan:
         return self.peak_after <= self.budget
 
 
-def plan_program(graph: fx.Graph, request: Request) -> ChunkPlan:
+class _Stages:
+    """A graph with norms split and values computed again, and what is known of it; every search reads the same."""
+
+    def __init__(self, graph: fx.Graph, cuda: bool | None, bodies: Bodies) -> None:
+        self.graph, self.cuda, self.bodies = graph, cuda, bodies
+        self._known: dict[tuple[tuple[str, ...], tuple[str, ...]], Memory] = {}
+
+    def memory(self, norms: tuple[str, ...] = (), recomputed: tuple[str, ...] = ()) -> Memory:
+        """Of the graph after this."""
+        if (norms, recomputed) not in self._known:
+            prepared = self.graph
+            if norms or recomputed:
+                prepared, _ = copy_graph(self.graph)
+                Chunking(norms, recomputed).apply(prepared)
+            self._known[norms, recomputed] = Memory(prepared, cuda=self.cuda, bodies=self.bodies)
+        return self._known[norms, recomputed]
+
+
+def plan_program(graph: fx.Graph, request: Request, bodies: Bodies | None = None) -> ChunkPlan:
     """As `plan_chunks`; where the budget cannot be kept so, GroupNorms are split, and large values computed again.
 
     Where that is not enough, the plan is the one that takes least, found with a budget that nothing keeps.
+
+    Args:
+        graph: of a program, complete but for its regions.
+        request: what is asked of it.
+        bodies: what is known of regions' bodies from other searches.
     """
-    plan = _plan_in_stages(graph, request)
+    stages = _Stages(graph, request.cuda, Bodies() if bodies is None else bodies)
+    plan = _plan_in_stages(stages, request)
     if plan.fits or request.nested:
         return plan
-    least = _plan_in_stages(graph, replace(request, budget=int(_OUT_OF_REACH * plan.peak_after)))
+    least = _plan_in_stages(stages, replace(request, budget=int(_OUT_OF_REACH * plan.peak_after)))
     return min(plan, replace(least, budget=plan.budget), key=lambda plan: plan.peak_after)
 
 
-def _plan_in_stages(graph: fx.Graph, request: Request) -> ChunkPlan:
-    plain = plan_chunks(graph, request)
+def _plan_in_stages(stages: _Stages, request: Request) -> ChunkPlan:
+    plain = plan_chunks(stages.memory(), request)
     if plain.fits:
         return plain
 
     def after(norms: tuple[str, ...], recomputed: tuple[str, ...] = ()) -> ChunkPlan:
-        prepared, _ = copy_graph(graph)
-        Chunking(norms, recomputed).apply(prepared)
-        plan = plan_chunks(prepared, request)
+        plan = plan_chunks(stages.memory(norms, recomputed), request)
         added = plan.seconds_added + plan.seconds_before - plain.seconds_before
         return replace(
             plan, split_norms=norms, recomputed=recomputed, peak_before=plain.peak_before,
@@ -125,13 +148,11 @@ def _plan_in_stages(graph: fx.Graph, request: Request) -> ChunkPlan:
     def settings() -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
         """Norms to split and values to compute again, the cheapest first."""
         yield from dict.fromkeys((names, ()) for names in (near, norms) if names)
-        split, _ = copy_graph(graph)
-        Chunking(norms).apply(split)
-        for names in recomputations(Memory(split, cuda=request.cuda), plain.budget):
+        for names in recomputations(stages.memory(norms), plain.budget):
             yield norms, names
 
-    norms = tuple(group_norms(graph))
-    near = norms_near_peaks(graph, norms, plain.budget, cuda=request.cuda)
+    norms = tuple(group_norms(stages.graph))
+    near = norms_near_peaks(stages.memory().timeline, norms, plain.budget)
     best = plain
     for split_norms, names in settings():
         found = after(split_norms, names)
@@ -141,33 +162,33 @@ def _plan_in_stages(graph: fx.Graph, request: Request) -> ChunkPlan:
         )  # fmt: skip
         best = min(best, found, key=lambda plan: plan.peak_after)
         if best.fits:
-            return _less_split(graph, best, request.cuda)
+            return _less_split(stages, best)
     return best
 
 
-def _less_split(graph: fx.Graph, plan: ChunkPlan, cuda: bool | None) -> ChunkPlan:
+def _less_split(stages: _Stages, plan: ChunkPlan) -> ChunkPlan:
     """A plan that fits with as few norms split as its regions allow."""
-    fewer = fewest_splits(graph, plan.chunking, plan.budget, cuda=cuda)
+    fewer = fewest_splits(stages.graph, plan.chunking, plan.budget, cuda=stages.cuda)
     if fewer.split_norms == plan.split_norms:
         return plan
-    peak = timeline(chunked_copy(graph, fewer).graph, cuda=cuda).peak_bytes
-    before, after = (seconds_without_regions(graph, chunking, cuda=cuda) for chunking in (plan.chunking, fewer))
+    peak = timeline(chunked_copy(stages.graph, fewer).graph, cuda=stages.cuda).peak_bytes
+    memories = (stages.memory(chunking.split_norms, chunking.recomputed) for chunking in (plan.chunking, fewer))
+    before, after = (sum(memory.seconds.values()) for memory in memories)
     return replace(
         plan, split_norms=fewer.split_norms, peak_after=peak, seconds_added=plan.seconds_added - before + after
     )
 
 
-def plan_chunks(graph: fx.Graph, request: Request) -> ChunkPlan:
+def plan_chunks(memory: Memory, request: Request) -> ChunkPlan:
     """Choose regions until the peak is at most the budget or nothing lowers it further.
 
     Args:
-        graph: of a program, complete but for its regions.
+        memory: of the graph of a program, complete but for its regions.
         request: what is asked of it.
 
     Raises:
         RegionError: an explicit region does not exist, or cannot be cut along its axis.
     """
-    memory = Memory(graph, cuda=request.cuda)
     before, _ = profile(memory, []).peak()
     chosen = [found for region in request.regions for found in regions_of_module(memory, region)]
     if request.layers is not None:
@@ -178,7 +199,7 @@ def plan_chunks(graph: fx.Graph, request: Request) -> ChunkPlan:
     budget = before if request.budget is None else request.budget
 
     def plan_body(body: fx.Graph, left: int) -> ChunkPlan:
-        return plan_program(body, Request(left, cuda=memory.timeline.cuda, nested=True))
+        return plan_program(body, Request(left, cuda=memory.timeline.cuda, nested=True), memory.bodies)
 
     planner = _Planner(memory, chosen, budget, None if request.nested else plan_body)
     for _ in range(_MAX_STEPS):
@@ -189,7 +210,7 @@ def plan_chunks(graph: fx.Graph, request: Request) -> ChunkPlan:
     chosen = sorted(planner.chosen, key=lambda region: region.begin)
     limit = item.region.seed if isinstance(item, Chosen) else item
     return ChunkPlan(
-        regions=tuple(region.planned(memory) for region in chosen),
+        regions=tuple(region.planned() for region in chosen),
         peak_before=before,
         peak_after=peak,
         limit_node=limit.name if limit is not None else "",
@@ -233,7 +254,10 @@ class _Planner:
                 continue
             if self._types[begin : end + 1] != self._types[begin - shift : end - shift + 1]:
                 continue
-            found = search.fitted(begin, end, axis)
+            try:
+                found = search.fitted(search.stretch(begin, end, axis))
+            except Blocked:
+                continue
             if found is not None:
                 return found
         return None
@@ -241,10 +265,6 @@ class _Planner:
 
 def _type_of(node: fx.Node) -> Hashable:
     """Equal for calls of one operator on values of the same types."""
-    values = [tuple(map(_tensor_type, tensors_of(n))) for n in (node, *node.all_input_nodes)]
+    values = tuple(map(layout_of, (node, *node.all_input_nodes)))
     constants = [x for x in pytree.tree_leaves((node.args, node.kwargs)) if not isinstance(x, fx.Node)]
-    return node.target, tuple(values), str(constants)
-
-
-def _tensor_type(tensor: torch.Tensor) -> Hashable:
-    return str(tensor.shape), str(tensor.stride()), tensor.dtype  # sizes may be symbolic
+    return node.target, values, str(constants)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from lightcache_fx.axes import Axis
-from lightcache_fx.chunk_memory import Chosen, Memory, chunk_seconds, estimated, exactly, profile
+from lightcache_fx.chunk_memory import Chosen, Memory, Stretch, profile
+from lightcache_fx.chunk_trials import chunk_seconds, estimated, exactly
 from lightcache_fx.chunked import build_region, copied_bytes
-from lightcache_fx.regions import Blocked, Region, axes_of, finer_axes, leaving, ranges_of, trace_region
+from lightcache_fx.regions import Blocked, axes_of, finer_axes, leaving, ranges_of, trace_region
 
 if TYPE_CHECKING:
     from lightcache_fx.chunk_planner import ChunkPlan
@@ -86,17 +87,16 @@ class Search:
             fitting = []
             for begin, end, axis in along:
                 try:
-                    region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
+                    sized = self.sized(self.stretch(begin, end, axis))
                 except Blocked:
                     continue
-                sized = self.sized(region, begin, end)
                 if sized is not None:
-                    exact = self.fitted(begin, end, axis, sized[0].count)
+                    exact = self.fitted(sized[0].stretch, sized[0].count)
                     fitting += [exact] if exact is not None else []
-                    found.append(self.exactly(sized[0]))
+                    found.append(sized[0])
             if fitting:
                 return min(fitting, key=lambda candidate: candidate.seconds)
-        lowering = [entry for entry in found if entry[1] < 0.99 * self.peak]
+        lowering = [entry for entry in map(self.exactly, found) if entry[1] < 0.99 * self.peak]
         return min(lowering, key=lambda entry: entry[1])[0] if lowering else None
 
     def best_of_all(self) -> Chosen | None:
@@ -104,7 +104,7 @@ class Search:
         found = list(self.candidates())
         fitting = sorted((c for c, reached in found if reached <= self.budget), key=lambda c: c.seconds)
         for candidate in fitting:
-            exact = self.fitted(candidate.begin, candidate.end, candidate.region.axis, candidate.count)
+            exact = self.fitted(candidate.stretch, candidate.count)
             if exact is not None:
                 return exact
         lowering = sorted(found, key=lambda entry: (entry[1], entry[0].seconds))
@@ -118,7 +118,7 @@ class Search:
         beside = reached - candidate.body_peak
         if self.plan_body is None or beside >= self.budget or not _one_by_one(candidate):
             return candidate, reached
-        candidates, rounding = self.memory.replaceable(candidate.region, candidate.end), self.memory.timeline.rounding
+        candidates, rounding = candidate.stretch.replaceable, self.memory.timeline.rounding
         module = build_region(candidate.region, candidate.count, {}, candidates=candidates, rounding=rounding)
         waiting = max(module.waiting_bytes(index, rounding) for index in range(len(module.bodies)))
         bodies, peak, added = [], 0, 0.0
@@ -135,15 +135,16 @@ class Search:
         exact = replace(candidate, body_peak=peak, seconds=seconds, bodies=tuple(bodies))
         return exact, beside + peak
 
-    def fitted(self, begin: int, end: int, axis: Axis, least: int = 2) -> Chosen | None:
+    def stretch(self, begin: int, end: int, axis: Axis) -> Stretch:
+        """The region of a stretch; raises `Blocked` where there is none."""
+        region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
+        return Stretch(self.memory, region, begin, end)
+
+    def fitted(self, stretch: Stretch, least: int = 2) -> Chosen | None:
         """The region that fits by its bodies' own liveness, in the fewest chunks or faster ones; None if none does."""
-        try:
-            region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
-        except Blocked:
-            return None
-        counts = iter(region.counts(count for count in _COUNTS if count >= least))
+        counts = iter(stretch.region.counts(count for count in _COUNTS if count >= least))
         for count in counts:
-            trial, reached = self.estimate(region, begin, end, count)
+            trial, reached = self.estimate(stretch, count)
             if reached <= self.budget:
                 trial, reached = self.exactly(trial)
                 if reached <= self.budget:
@@ -156,7 +157,7 @@ class Search:
 
     def exactly(self, candidate: Chosen) -> tuple[Chosen, int]:
         """A candidate with its bodies' own peak and its time, and the highest that its stretch reaches."""
-        exact = exactly(self.memory, candidate)
+        exact = exactly(candidate)
         return exact, self.reached(exact)
 
     def candidates(self) -> Iterator[tuple[Chosen, int]]:
@@ -188,49 +189,47 @@ class Search:
             if fits >= _ENOUGH or self.live_before(begin) >= 0.99 * self.peak:
                 return
             try:
-                region = trace_region(memory.order[begin : end + 1], axis, needs_of=memory.needs_of)
+                stretch = self.stretch(begin, end, axis)
             except Blocked as blocked:
                 queue += finer_axes(axis, blocked)
                 if memory.place[blocked.node] <= self.at:
                     return
                 continue
-            found = self.sized(region, begin, end)
+            found = self.sized(stretch)
             if found is not None:
                 fits += found[1] <= self.budget
                 yield found
 
-    def estimate(self, region: Region, begin: int, end: int, count: int) -> tuple[Chosen, int]:
+    def estimate(self, stretch: Stretch, count: int) -> tuple[Chosen, int]:
         """A region in `count` chunks, its time left open, and the highest that its stretch then reaches."""
-        trial = estimated(self.memory, region, begin, end, count)
+        trial = estimated(stretch, count)
         return trial, self.reached(trial)
 
     def reached(self, candidate: Chosen) -> int:
         """The most that is live within a region's stretch."""
-        window = candidate.begin, candidate.end, self.live_before(candidate.begin)
-        highest, _ = profile(self.memory, [candidate], *window).peak()
-        return highest
+        return candidate.stretch.reached(candidate, self.live_before(candidate.begin))
 
-    def sized(self, region: Region, begin: int, end: int) -> tuple[Chosen, int] | None:
+    def sized(self, stretch: Stretch) -> tuple[Chosen, int] | None:
         """The fewest chunks that fit the budget, or faster ones, or else the most that still lower the peak."""
         last: tuple[Chosen, int] | None = None
-        counts = iter(region.counts(_COUNTS))
+        counts = iter(stretch.region.counts(_COUNTS))
         for count in counts:
-            trial, reached = self.estimate(region, begin, end, count)
+            trial, reached = self.estimate(stretch, count)
             if last is None or reached < last[1]:
                 last = (trial, reached)
             if reached <= self.budget:
                 break
         if last is None or last[1] >= 0.99 * self.peak:
             return None
-        fewest = replace(last[0], seconds=chunk_seconds(self.memory, last[0])), last[1]
+        fewest = replace(last[0], seconds=chunk_seconds(last[0])), last[1]
         return min((fewest, *self.smaller(fewest[0], counts)), key=lambda entry: entry[0].seconds)
 
     def smaller(self, fitting: Chosen, counts: Iterable[int]) -> Iterator[tuple[Chosen, int]]:
         """The same region in more chunks that fit too, with their times: caches may hold them."""
         for count in itertools.islice(counts, 1, _SMALLER, 2):
-            trial, reached = self.estimate(fitting.region, fitting.begin, fitting.end, count)
+            trial, reached = self.estimate(fitting.stretch, count)
             if reached <= self.budget:
-                yield replace(trial, seconds=chunk_seconds(self.memory, trial)), reached
+                yield replace(trial, seconds=chunk_seconds(trial)), reached
 
     def live_before(self, index: int) -> int:
         """Bytes live before a call, or before the region that it is in; 0 behind the last."""

@@ -8,7 +8,8 @@ import torch
 
 from lightcache_fx.axes import Axis
 from lightcache_fx.axis_rules import CannotCut
-from lightcache_fx.chunk_memory import Chosen, Memory, estimated, exactly
+from lightcache_fx.chunk_memory import Chosen, Memory, Stretch
+from lightcache_fx.chunk_trials import estimated, exactly
 from lightcache_fx.errors import RegionError, nearest
 from lightcache_fx.graphs import describe, module_stack, tensors_of
 from lightcache_fx.policy import Layers
@@ -145,4 +146,4 @@ def _in_chunks_of(memory: Memory, size: int, begin: int, end: int, axis: Axis) -
     if not counts:
         raise Blocked(region.seed, axis, CannotCut("another of its results has one position only"))
     count = counts[0]
-    return exactly(memory, estimated(memory, region, begin, end, count))
+    return exactly(estimated(Stretch(memory, region, begin, end), count))

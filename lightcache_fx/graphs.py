@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,6 +66,11 @@ def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def layout_of(node: fx.Node) -> Hashable:
+    """Equal for values of the same types, laid out alike; sizes may be symbolic."""
+    return tuple((str(t.shape), str(t.stride()), t.dtype, t.device) for t in tensors_of(node))
 
 
 def num_bytes(node: fx.Node) -> int:

@@ -9,21 +9,20 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import fx
 
-from lightcache_fx.chunk_memory import Memory
 from lightcache_fx.errors import PassError
 from lightcache_fx.graphs import copy_graph
-from lightcache_fx.liveness import timeline
+from lightcache_fx.liveness import Timeline, timeline
 from lightcache_fx.passes.chunk_regions import Chunking, chunked_copy, find_region
 
 _TRIES = 16
 
 
-def norms_near_peaks(graph: fx.Graph, norms: Sequence[str], budget: int, *, cuda: bool | None) -> tuple[str, ...]:
+def norms_near_peaks(line: Timeline, norms: Sequence[str], budget: int) -> tuple[str, ...]:
     """Of some norms, those between which and the norm before or behind more than the budget is live."""
     wanted = set(norms)
     near: set[str] = set()
     before, high = "", False  # the norm before, and whether the budget was exceeded since
-    for step in timeline(graph, cuda=cuda).steps:
+    for step in line.steps:
         high |= step.peak > budget
         if step.node.name in wanted:
             near |= {before, step.node.name} if high else set()
@@ -88,10 +87,3 @@ def _cut_across(graph: fx.Graph, chunking: Chunking) -> Collection[str]:
 def _is_by_row(node: fx.Node) -> bool:
     """Whether a value's first dimension is rows, and samples come second."""
     return str(node.target) == "lightcache.row_moments.default"
-
-
-def seconds_without_regions(graph: fx.Graph, chunking: Chunking, *, cuda: bool | None) -> float:
-    """Predicted time of a graph with norms split and values computed again, but not cut."""
-    prepared, _ = copy_graph(graph)
-    Chunking(chunking.split_norms, chunking.recomputed).apply(prepared)
-    return sum(Memory(prepared, cuda=cuda).seconds.values())

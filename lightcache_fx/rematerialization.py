@@ -13,12 +13,13 @@ import itertools
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
 from lightcache_fx.axis_rules import CannotCut, needs_of
 from lightcache_fx.chunk_memory import Memory
-from lightcache_fx.graphs import num_bytes, output_node, storage_root, tensors_of
+from lightcache_fx.graphs import layout_of, output_node, storage_root
 from lightcache_fx.passes.recompute_values import links, passes_over
 from lightcache_fx.regions import row_axis
 
@@ -73,36 +74,44 @@ class Values:
     def of(cls, memory: Memory, least: int) -> Values:
         """Those of a graph; values of up to `least` bytes are always kept."""
         root = {node: storage_root(node) for node in memory.order}
-        sizes = {node: num_bytes(node) for node in memory.order if root[node] is node}
+        sizes = {node: memory.size[node] for node in memory.order if root[node] is node}
         returned = {storage_root(node) for node in output_node(memory.graph).all_input_nodes}
         streamable = {node for node, size in sizes.items() if size > least and node not in returned}
         streamable -= {root[node] for node in memory.order if root[node] in streamable and not _in_strips(node)}
         return cls(memory, root, sizes, streamable)
 
+    @cached_property
+    def reads(self) -> dict[fx.Node, list[fx.Node]]:
+        """For each call and the output, the roots of what it reads; a view of an input has none."""
+        readers = (*self.memory.order, output_node(self.memory.graph))
+        roots = {node: root for node, root in self.root.items() if root in self.sizes}
+        return {node: [roots[source] for source in node.all_input_nodes if source in roots] for node in readers}
+
+    @cached_property
+    def layouts(self) -> dict[fx.Node, int]:
+        """For each root a number, the same for values of one layout."""
+        numbers: dict[Hashable, int] = {}
+        return {node: numbers.setdefault(layout_of(node), len(numbers)) for node in self.sizes}
+
     def kept_peak(self, streamed: set[fx.Node]) -> int:
         """The most bytes that are kept at once: each as long as it, or what is made from it again, is read."""
-        order, place = self.memory.order, self.memory.place
+        order, place, layouts = self.memory.order, self.memory.place, self.layouts
         until = dict.fromkeys(self.sizes, -1)  # the last call for which a value is there
-
-        def read(source: fx.Node, at: int) -> None:
-            root = self.root.get(source)
-            if root in until:
-                until[root] = max(until[root], at)
-
-        for node in output_node(self.memory.graph).all_input_nodes:
-            read(node, len(order))
+        until.update(dict.fromkeys(self.reads[output_node(self.memory.graph)], len(order)))
         for node in reversed(order):
-            again = self.root[node] in streamed
-            for source in node.all_input_nodes:
-                read(source, until[self.root[node]] if again else place[node])
+            root = self.root[node]
+            at = until[root] if root in streamed else place[node]
+            for source in self.reads[node]:
+                if until[source] < at:
+                    until[source] = at
         kept = [node for node in order if node in self.sizes and node not in streamed and until[node] >= 0]
-        dying: dict[tuple[int, Hashable], int] = {}  # how many values of a type a call reads for the last time
+        dying: dict[tuple[int, int], int] = {}  # how many values of a layout a call reads for the last time
         for node in kept:
-            key = until[node], _layout(node)
+            key = until[node], layouts[node]
             dying[key] = dying.get(key, 0) + 1
         changes = [0] * (len(order) + 2)
         for node in kept:
-            key = place[node], _layout(node)
+            key = place[node], layouts[node]
             over = node in self.streamable and dying.get(key, 0) > 0  # written in strips over one that dies then
             dying[key] = dying.get(key, 0) - over
             changes[place[node] + over] += self.sizes[node]
@@ -114,7 +123,7 @@ class Values:
         calls = {node for node in self.memory.order if self.root[node] in streamed}
         made = (
             {node for reader in readers for node in links(reader, calls)}
-            for readers in passes_over(self.memory.graph, calls)
+            for readers in passes_over(self.memory.graph, calls, num_bytes=self.memory.size.__getitem__)
         )
         again = [node for chain in made for node in chain]
         kept = [node for node in self.memory.order if node not in calls]
@@ -137,10 +146,6 @@ class Values:
                 streamed.remove(root)
                 now -= saved
         return streamed
-
-
-def _layout(node: fx.Node) -> Hashable:
-    return tuple((str(tensor.shape), str(tensor.stride()), tensor.dtype) for tensor in tensors_of(node))
 
 
 def _in_strips(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import fx
 
@@ -50,19 +50,27 @@ def recompute_values(graph: fx.Graph, *, names: Iterable[str]) -> PassResult:
     return PassResult(graph, copies + moves > 0, {"copies": copies, "moves": moves})
 
 
-def passes_over(graph: fx.Graph, streamed: Collection[fx.Node]) -> list[list[fx.Node]]:
+def passes_over(
+    graph: fx.Graph, streamed: Collection[fx.Node], *, num_bytes: Callable[[fx.Node], int] = num_bytes
+) -> list[list[fx.Node]]:
     """The calls that read streamed values and are none, in order: those of one list can read the same strips.
 
     None of a list depends on another of it, and no large value is made between them from something else.
+
+    Args:
+        graph: not yet changed.
+        streamed: calls whose values are computed again.
+        num_bytes: of a call's value, or something that remembers it.
     """
     large = min(map(num_bytes, streamed), default=0)
     found: list[list[fx.Node]] = [[]]
     after: set[fx.Node] = set()  # what depends on the readers of the last list
     closed = False
     for node in calls(graph):
-        depends = any(source in after for source in node.all_input_nodes)
-        if node in streamed or not any(source in streamed for source in node.all_input_nodes):
-            closed |= node not in streamed and num_bytes(node) >= large
+        sources = node.all_input_nodes
+        depends = not after.isdisjoint(sources)
+        if node in streamed or not any(source in streamed for source in sources):
+            closed = closed or (node not in streamed and num_bytes(node) >= large)
             if depends:
                 after.add(node)
             continue

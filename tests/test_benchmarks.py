@@ -444,6 +444,41 @@ def test_published_models_are_the_designs():
     assert isinstance(plans.MODELS["easyanimate"].cut, lc.Residual)
 
 
+def _small_decoder(place):
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    return memory._decoder(vae, (4, 4, 16, 16), place)
+
+
+def test_memory_gives_the_difference_and_both_errors(monkeypatch, tmp_path):
+    monkeypatch.setitem(memory.MODELS, "sd-vae", _small_decoder)
+    result = memory.measure("sd-vae", 1, memory.Place(), 0.6)
+    errors = result["error"]
+    assert 0 < errors["whole"] < 1e-5
+    assert 0 < errors["chunked"] < 1e-5
+    assert result["difference"] <= 2 * (errors["whole"] + errors["chunked"])  # the triangle's inequality, with room
+    assert result["equal"] == (result["difference"] <= memory.TOLERANCE)
+    row = memory.row_of("sd-vae", result)
+    assert len(row) == len(memory.COLUMNS)
+    assert row[-2:] == [f"{errors['whole']:.2e}", f"{errors['chunked']:.2e}"]
+    assert memory.row_of("sd-vae", result | {"difference": 1.07e-5, "equal": False})[-3] == "1.07e-05, above 1e-05"
+    assert memory.row_of("sd-vae", result | {"error": {"whole": None, "chunked": None}})[-2:] == ["", ""]
+
+
+def test_errors_are_those_of_the_eager_model_in_float64(monkeypatch):
+    monkeypatch.setitem(memory.MODELS, "sd-vae", _small_decoder)
+    model, call = _small_decoder(memory.Place())
+    with torch.no_grad():
+        exact, eager = memory.exact_result("sd-vae", model, memory.Place()), call(model)
+    assert exact.dtype is torch.float64
+    assert 0 < memory.distance(eager, exact) < 1e-5
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}, "it is a copy"
+    for place in (memory.Place(dtype="bfloat16"), memory.Place(dtype="float64"), memory.Place(device="cuda")):
+        assert memory.exact_result("sd-vae", model, place) is None
+
+
 def test_memory_at_full_size_is_refused_on_a_cpu(capsys):
     with pytest.raises(SystemExit):
         memory.main(["--full-size"])

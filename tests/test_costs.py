@@ -8,7 +8,8 @@ from torch import fx
 
 from graphs import captured
 from lightcache_fx.axes import Axis
-from lightcache_fx.chunk_memory import Memory, chunk_seconds, estimated
+from lightcache_fx.chunk_memory import Memory, Stretch
+from lightcache_fx.chunk_trials import chunk_seconds, estimated
 from lightcache_fx.costs import CPU, GPU_HALF, slowdown
 from lightcache_fx.regions import trace_region
 
@@ -58,7 +59,7 @@ def seconds(axis: Axis, count: int, *shape: int) -> float:
     memory = Memory(given.graph_module.graph)
     begin = next(i for i, node in enumerate(memory.order) if node.name.startswith("mul"))
     region = trace_region(memory.order[begin : begin + 2], axis)
-    return chunk_seconds(memory, estimated(memory, region, begin, begin + 1, count))
+    return chunk_seconds(estimated(Stretch(memory, region, begin, begin + 1), count))
 
 
 def test_chunks_that_caches_hold_are_faster() -> None:

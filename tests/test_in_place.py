@@ -9,8 +9,9 @@ from torch import nn
 
 from graphs import Captured, captured
 from lightcache_fx.axes import Axis
-from lightcache_fx.chunk_memory import Memory, estimated, exactly, profile
+from lightcache_fx.chunk_memory import Memory, Stretch, profile
 from lightcache_fx.chunk_planner import Request, plan_program
+from lightcache_fx.chunk_trials import estimated, exactly
 from lightcache_fx.chunked import build_region
 from lightcache_fx.graphs import calls
 from lightcache_fx.in_place import Overwrite, overwrites
@@ -135,9 +136,9 @@ def test_the_estimate_counts_what_waits() -> None:
     given = captured(lambda x: F.conv2d(x.abs(), weight, padding=(1, 0)).sin(), torch.randn(1, 2, 24, 3))
     memory = Memory(given.graph_module.graph)
     region = trace_region(memory.order[1:2], Axis(2, 24))
-    trial = estimated(memory, region, 1, 1, 4)
+    trial = estimated(Stretch(memory, region, 1, 1), 4)
     assert trial.overwrites == (Overwrite(0, 0, delay=1),)
-    exact = exactly(memory, trial)
+    exact = exactly(trial)
     part = 2 * 24 * 3 * 4 // 4
     assert exact.overwrites == trial.overwrites
     module = build_region(region, 4, {}, candidates=[(0, 0)])
@@ -173,9 +174,9 @@ def test_norms_far_from_the_peak_stay_whole() -> None:
     graph = captured(Chain().eval(), torch.randn(1, 4, 16, 16)).graph_module.graph
     names = group_norms(graph)
     peak = timeline(graph).peak_bytes
-    assert set(norms_near_peaks(graph, names, peak // 2, cuda=None)) == set(names[1:4])
-    assert norms_near_peaks(graph, names, peak, cuda=None) == ()
-    assert norms_near_peaks(graph, names, 1, cuda=None) == tuple(names)
+    assert set(norms_near_peaks(timeline(graph), names, peak // 2)) == set(names[1:4])
+    assert norms_near_peaks(timeline(graph), names, peak) == ()
+    assert norms_near_peaks(timeline(graph), names, 1) == tuple(names)
 
 
 def test_a_plan_splits_no_norm_that_it_does_not_cut() -> None:
