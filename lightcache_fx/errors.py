@@ -35,10 +35,11 @@ class CutError(LightcacheError, ValueError):
 
 
 class BudgetError(LightcacheError, ValueError):
-    """A memory budget is below what chunking can reach.
+    """A memory budget is below what chunking, or swapping, can reach.
 
     Attributes:
-        reached: the least bytes of activations that were reached, or None where the budget leaves none for them.
+        reached: the least bytes that were reached, of activations or, where something swaps, of everything on the
+            device; None where the budget leaves none for activations.
     """
 
     def __init__(self, message: str, reached: int | None = None) -> None:
@@ -60,6 +61,10 @@ class TransformError(LightcacheError, ValueError):
 
 class PassError(LightcacheError, RuntimeError):
     """A graph pass broke its contract: a fault of this package, not of the caller."""
+
+
+class SwapPlanError(LightcacheError, RuntimeError):
+    """A swap plan would read what is not on the device, or copy it needlessly: a fault of this package."""
 
 
 class AxisRuleError(LightcacheError, RuntimeError):
