@@ -35,10 +35,11 @@ class CutError(LightcacheError, ValueError):
 
 
 class BudgetError(LightcacheError, ValueError):
-    """A memory budget is below what chunking can reach.
+    """A memory budget is below what chunking, or swapping, can reach.
 
     Attributes:
-        reached: the least bytes of activations that were reached, or None where the budget leaves none for them.
+        reached: the least bytes that were reached, of activations or, where something swaps, of everything on the
+            device; None where the budget leaves none for activations.
     """
 
     def __init__(self, message: str, reached: int | None = None) -> None:

@@ -1,7 +1,8 @@
 """What a swap plan costs: a discrete-event simulation of computing and of the two ways over the link.
 
 Three engines work at the same time, as a GPU's do: one computes, in order; one copies to the device and one from it,
-each first come, first served. Just before a call the copies that begin there are issued, and the call starts once
+each first come, first served. Computing waits for a copy from the device before the stay ends, so a fetch, which begins
+behind that, never has to. Just before a call the copies that begin there are issued, and the call starts once
 everything that it reads has arrived. As everything is a `max` or a sum of what was before, the periods of a cyclic
 workload settle to a constant time (max-plus algebra; Baccelli et al., *Synchronization and Linearity*, 1992).
 """
@@ -21,6 +22,7 @@ __all__ = ["Cause", "Machine", "Period", "Simulation", "Stall", "held_bytes", "s
 
 Cause = Literal["link busy", "issued late", "cold", "offload"]
 
+_COLD: Cause = "cold"
 _NOISE = 1e-12
 """Seconds; what rounding of sums can make of nothing."""
 _SAME = 1e-9
@@ -38,8 +40,8 @@ class Stall:
         seconds: for how long.
         movable: what it waits for longest.
         cause: `link busy`: other copies were still under way when this one was issued; `issued late`: there was no room
-            earlier, and nothing before it; `cold`: it waited for what the first period loads; `offload`: it had to be
-            copied from the device first.
+            earlier, and nothing before it; `cold`: it waited for what the first period loads; `offload`: its copy from
+            the device had not ended when its memory was to be free.
     """
 
     op: int
@@ -184,100 +186,121 @@ class Machine:
         self.waits: list[tuple[int, float]] = []
         self._now = self._to_free = self._from_free = 0.0
         self._behind_cold = False
-        self._pushed = False
         self._arrival = [0.0] * len(stays)
         self._cause: list[Cause] = ["cold"] * len(stays)
         self._left = [0.0] * len(stays)
-        self._home: dict[str, float] = {}
+        self._home: set[str] = set()
         self._arriving = [0.0 if stay.made else link.arriving(movables[stay.name].num_bytes) for stay in stays]
         self._leaving = [link.leaving(movables[stay.name].num_bytes) if stay.offloaded else 0.0 for stay in stays]
         self._is_slot = [movables[stay.name].kind == "slot" for stay in stays]
         fetched = [number for number, stay in enumerate(stays) if not stay.made]
         offloaded = [number for number, stay in enumerate(stays) if stay.offloaded]
-        self._issues = _by_op(count, [(stays[number].begin, number) for number in fetched])
-        self._reads = _by_op(count, [(stays[number].first % count, number) for number in fetched])
-        self._offloads = _by_op(count, [(stays[number].begin, number) for number in offloaded])
-        self._closes = _by_op(count, [(stays[number].end % count, number) for number in offloaded])
+        self._issues = _by_op((stays[number].begin, number) for number in fetched)
+        self._reads = _by_op((stays[number].first % count, number) for number in fetched)
+        self._offloads = _by_op((stays[number].begin, number) for number in offloaded)
+        self._closes = _by_op((stays[number].end % count, number) for number in offloaded)
+        self._events = sorted({*self._issues, *self._reads, *self._offloads, *self._closes})
+        self._clock = [0.0, *accumulate(op.seconds for op in workload.ops)]
         self._link = link
 
     def settle(self, periods: int) -> tuple[Period, Period, int, bool]:
         """The first period, a steady one, how many were run, and whether they have settled.
 
-        An engine with more to copy than fits a period falls behind a little in each, and it may be many periods before
-        computing first waits for it; where that is seen, the engine is set back by a whole period at once.
+        An engine with more to copy than fits the period has not: it falls behind a little in each, until computing
+        waits for it. That is seldom seen, as the first period starts with nothing copied ahead.
         """
         first = before = self.period(cold=True)
         for number in range(2, max(2, periods) + 1):
             period = self.period()
-            if abs(period.seconds - before.seconds) <= _SAME * period.seconds and number > 2:
-                behind = (period.to_device_seconds, period.from_device_seconds)
-                if self._pushed or max(behind) <= period.seconds * (1 + _SAME):
-                    return first, period, number, True
-                self._to_free = max(self._to_free, self._now) + behind[0]
-                self._from_free = max(self._from_free, self._now) + behind[1]
-                self._pushed = True
+            keeps_up = max(period.to_device_seconds, period.from_device_seconds) <= period.seconds * (1 + _SAME)
+            if number > 2 and keeps_up and abs(period.seconds - before.seconds) <= _SAME * period.seconds:
+                return first, period, number, True
             before = period
         return first, before, max(2, periods), False
 
     def period(self, *, cold: bool = False) -> Period:
         """Run one period."""
-        started, ops = self._now, self.workload.ops
+        started, clock = self._now, self._clock
         self.copies, self.waits = [], []
         stalls: list[Stall] = []
-        cold_reads, cold_bytes = self._load() if cold else ({}, 0)
-        cold_seconds = self._to_free if cold else 0.0
-        now, out_bytes, out_seconds = self._now, 0, 0.0
-        for index, op in enumerate(ops):
-            if issues := self._issues[index]:
-                self._issue(issues, now)
-            if reads := self._reads[index]:
-                latest = max(reads, key=self._arrival.__getitem__)
-                wait, name, cause = self._arrival[latest] - now, self.residence.stays[latest].name, self._cause[latest]
-                if wait > _NOISE:
-                    self.waits.append((latest, wait))
-            else:
-                wait, name, cause = 0.0, "", "cold"
-            if cold and (late := max(cold_reads.get(index, ()), default=None)) and late[0] - now > wait:
-                wait, name, cause = late[0] - now, late[1], "cold"
-            if wait > _NOISE:
-                stalls.append(Stall(index, op.name, wait, name, cause))
-                now += wait
-            now += op.seconds
-            for number in self._offloads[index]:
-                self._from_free = max(now, self._from_free) + self._leaving[number]
-                self._left[number] = self._home[self.residence.stays[number].name] = self._from_free
-                out_bytes += self.workload.movables[self.residence.stays[number].name].num_bytes
-                out_seconds += self._leaving[number]
-            if closes := self._closes[index]:
-                latest = max(closes, key=self._left.__getitem__)
-                wait = self._left[latest] - now
-                if wait > _NOISE:
-                    stalls.append(Stall(index, op.name, wait, self.residence.stays[latest].name, "offload"))
-                    now += wait
-        self._now = now
-        movables, stays = self.workload.movables, self.residence.stays
-        in_bytes = cold_bytes + sum(movables[stays[copy.stay].name].num_bytes for copy in self.copies)
-        in_seconds = cold_seconds + sum(self._arriving[copy.stay] for copy in self.copies)
-        return Period(now - started, tuple(stalls), in_seconds, out_seconds, in_bytes, out_bytes)
+        cold_reads, loaded_bytes = self._load() if cold else ({}, 0)
+        loaded_seconds = self._to_free if cold else 0.0
+        out: list[int] = []
+        at = 0  # computing has come to just before this call
+        for index in sorted({*self._events, *cold_reads}) if cold else self._events:
+            self._now += clock[index] - clock[at]
+            at = index
+            if issues := self._issues.get(index):
+                self._issue(issues)
+            reads = self._reads.get(index)
+            if reads or index in cold_reads:
+                stalls += self._wait_for(index, reads or [], cold_reads.get(index, []))
+            offloads, closes = self._offloads.get(index), self._closes.get(index)
+            if offloads or closes:
+                self._now += clock[index + 1] - clock[index]
+                at = index + 1
+                out += offloads or []
+                stalls += self._leave(index, offloads or [], closes or [])
+        self._now += clock[-1] - clock[at]
+        arrived = [copy.stay for copy in self.copies]
+        return Period(
+            seconds=self._now - started,
+            stalls=tuple(stalls),
+            to_device_seconds=loaded_seconds + sum(self._arriving[number] for number in arrived),
+            from_device_seconds=sum(self._leaving[number] for number in out),
+            to_device_bytes=loaded_bytes + sum(map(self.num_bytes, arrived)),
+            from_device_bytes=sum(map(self.num_bytes, out)),
+        )
 
-    def _issue(self, numbers: list[int], now: float) -> None:
+    def num_bytes(self, number: int) -> int:
+        """Of what a stay is of."""
+        return self.workload.movables[self.residence.stays[number].name].num_bytes
+
+    def _wait_for(self, index: int, reads: list[int], loaded: list[tuple[float, str]]) -> list[Stall]:
+        """Let all that a call reads for the first time arrive."""
+        wait, name, cause = 0.0, "", _COLD
+        if reads:
+            latest = max(reads, key=self._arrival.__getitem__)
+            wait, name, cause = (
+                self._arrival[latest] - self._now,
+                self.residence.stays[latest].name,
+                self._cause[latest],
+            )
+            if wait > _NOISE:
+                self.waits.append((latest, wait))
+        if loaded and (late := max(loaded))[0] - self._now > wait:
+            wait, name, cause = late[0] - self._now, late[1], _COLD
+        return self._stalled(index, wait, name, cause)
+
+    def _leave(self, index: int, offloads: list[int], closes: list[int]) -> list[Stall]:
+        """Copy from the device what a call has made, and let go of what stayed until behind it."""
+        for number in offloads:
+            self._from_free = max(self._now, self._from_free) + self._leaving[number]
+            self._left[number] = self._from_free
+            self._home.add(self.residence.stays[number].name)
+        if not closes:
+            return []
+        latest = max(closes, key=self._left.__getitem__)
+        return self._stalled(index, self._left[latest] - self._now, self.residence.stays[latest].name, "offload")
+
+    def _stalled(self, index: int, wait: float, name: str, cause: Cause) -> list[Stall]:
+        if wait <= _NOISE:
+            return []
+        self._now += wait
+        return [Stall(index, self.workload.ops[index].name, wait, name, cause)]
+
+    def _issue(self, numbers: list[int]) -> None:
         """Copies to the device, issued now; a slot that was never made is simply not there."""
+        now = self._now
         for number in numbers:
-            ready = now
-            if self._is_slot[number]:
-                home = self._home.get(self.residence.stays[number].name)
-                if home is None:
-                    self._arrival[number] = now
-                    continue
-                ready = max(now, home)
-            queued = self._to_free > ready
-            start = self._to_free if queued else ready
+            if self._is_slot[number] and self.residence.stays[number].name not in self._home:
+                self._arrival[number] = now
+                continue
+            queued = self._to_free > now
+            start = self._to_free if queued else now
             self._behind_cold &= queued
             self._to_free = self._arrival[number] = start + self._arriving[number]
-            if queued:
-                self._cause[number] = "cold" if self._behind_cold else "link busy"
-            else:
-                self._cause[number] = "offload" if ready > now else "issued late"
+            self._cause[number] = ("cold" if self._behind_cold else "link busy") if queued else "issued late"
             self.copies.append(Copy(number, start, self._to_free, queued))
 
     def _load(self) -> tuple[dict[int, list[tuple[float, str]]], int]:
@@ -288,27 +311,25 @@ class Machine:
         """
         ops, movables = self.workload.ops, self.workload.movables
         count, uses = len(ops), self.workload.readers
-        wanted: list[tuple[int, int, str]] = []
+        wanted: list[tuple[int, str]] = []
         weights = [name for name in self.residence.resident if movables[name].kind == "weight" and uses[name]]
-        wanted += [(uses[name][0], -1, name) for name in weights]
+        wanted += [(uses[name][0], name) for name in weights]
         for number, stay in enumerate(self.residence.stays):
             if not stay.made and stay.end >= count and not self._is_slot[number]:
                 first = max(stay.first - count, 0)
                 place = bisect_left(uses[stay.name], first)
                 if place < len(uses[stay.name]) and uses[stay.name][place] <= stay.end - count:
-                    wanted.append((uses[stay.name][place], number, stay.name))
+                    wanted.append((uses[stay.name][place], stay.name))
         arrivals: dict[int, list[tuple[float, str]]] = {}
-        for index, number, name in sorted(wanted):
+        for index, name in sorted(wanted):
             self._to_free += self._link.arriving(movables[name].num_bytes)
             arrivals.setdefault(index, []).append((self._to_free, name))
-            if number >= 0:
-                self._arrival[number] = self._to_free
         self._behind_cold = bool(wanted)
-        return arrivals, sum(movables[name].num_bytes for _, _, name in wanted)
+        return arrivals, sum(movables[name].num_bytes for _, name in wanted)
 
 
-def _by_op(count: int, entries: list[tuple[int, int]]) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in range(count)]
+def _by_op(entries: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
     for index, number in entries:
-        found[index].append(number)
+        found.setdefault(index, []).append(number)
     return found

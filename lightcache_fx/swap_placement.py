@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -104,12 +105,14 @@ class Placement:
         residence: the same, as stays.
         free: of each gap that is not held: the first call behind the stay before, and where the next stay begins.
         numbers: of the gaps that the stays of the residence follow, in their order.
+        cut_short: whether a slot would have stayed longer while it leaves, had its step not ended.
     """
 
     held: bytearray
     residence: Residence
     free: dict[int, tuple[int, int]]
     numbers: tuple[int, ...]
+    cut_short: bool
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ class Runs:
         end: by gap, the last call of the run behind it.
         left: by gap, the first call behind the run before it.
         base: bytes by call, without what is copied ahead of its use.
+        cut_short: as `Placement` has it.
     """
 
     def __init__(self, space: Space, held: bytearray, request: Request) -> None:
@@ -164,6 +168,7 @@ class Runs:
         self.end: dict[int, int] = {}
         self.left: dict[int, int] = {}
         self.offloaded: dict[int, int] = {}
+        self.cut_short = False
         resident = 0
         for numbers in space.of.values():
             borders = [place for place, number in enumerate(numbers) if not held[number]]
@@ -205,7 +210,9 @@ class Runs:
         for number in order:
             gap, following, end = gaps[number], gaps[self.offloaded[number]], self.end[number]
             ahead = following.ahead + (0 if following.ahead > gap.ahead else self.count)
-            bound = min(ahead - 1, wanted[number], self._bound(gap.ahead))
+            unbound = min(ahead - 1, wanted[number])
+            bound = min(unbound, self._bound(gap.ahead))
+            self.cut_short |= bound < unbound
             free = end
             while free < bound and self.base[(free + 1) % self.count] + gap.num_bytes <= request.budget:
                 free += 1
@@ -240,29 +247,25 @@ class Runs:
         bytes of copies counted through, it fits behind the last call whose limit, the bytes that are needed by then and
         the room, is less than its own count. Calls behind which another has a lower limit never decide.
         """
-        gaps, count, budget, base = self.space.gaps, self.count, self.request.budget, self.base
+        gaps, count, room = self.space.gaps, self.count, [self.request.budget - used for used in self.base]
         begins: dict[int, int] = {}
-        limits: list[int] = []
-        places: list[int] = []
-        head, through, full, before = 0, 0, -(2 * count) - 1, -2 * count
-        periods = (-count, 0) if self.space.workload.cyclic else (0,)
+        queue: deque[tuple[int, int]] = deque()
+        through, full, before = 0, -(2 * count) - 1, -2 * count
+        periods = (-count, 0) if self.space.workload.cyclic and self.space.wrap else (0,)
         cursor = periods[0]
         for offset in periods:
             for number in self.fetched:
                 gap = gaps[number]
                 first = gap.ahead + offset
-                while cursor < first:
-                    limit = through + budget - base[cursor]
-                    while len(limits) > head and limits[-1] >= limit:
-                        limits.pop()
-                        places.pop()
-                    limits.append(limit)
-                    places.append(cursor)
-                    cursor += 1
+                for place in range(cursor, first):
+                    limit = through + room[place]
+                    while queue and queue[-1][0] >= limit:
+                        queue.pop()
+                    queue.append((limit, place))
+                cursor = first
                 through += gap.num_bytes
-                while head < len(limits) and limits[head] < through:
-                    full = places[head]
-                    head += 1
+                while queue and queue[0][0] < through:
+                    full = queue.popleft()[1]
                 before = max(before, full + 1, max(gap.lower, self.left[number]) + offset)
                 begins[number] = before
         return begins
@@ -297,7 +300,7 @@ class Runs:
         stays.sort(key=lambda entry: entry[:3])
         resident = frozenset(name for name, numbers in space.of.items() if all(self.held[n] for n in numbers))
         residence = Residence(resident, tuple(entry[3] for entry in stays))
-        return Placement(self.held, residence, free, tuple(entry[2] for entry in stays))
+        return Placement(self.held, residence, free, tuple(entry[2] for entry in stays), self.cut_short)
 
 
 def _at(clock: Sequence[float], time: float, bisect: Callable[[Sequence[float], float], int] = bisect_right) -> int:

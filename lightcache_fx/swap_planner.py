@@ -24,8 +24,13 @@ from lightcache_fx.workload import Link, Residence, Workload
 _RUNGS = ((0.125, 2), (0.25, 2), (0.5, 2), (1.0, 2), (2.0, 2), (8.0, 2), (8.0, 1), (8.0, 0))
 """Links for which candidates are made, as the time that copying everything away takes over the time of computing; and
 the movables of typical size that room is left for, for copying ahead."""
-_ROUNDS = 3
+_LEADS = (0.5, 1.0)
+"""The share of a movable's bytes that may be held before they are wanted."""
+_FEW = 2000
+"""Gaps; where there are no more, candidates are made with each lead."""
+_ROUNDS = 2
 _PERIODS = 6
+_FILLS = 4
 _SMALL_SHARE = 0.02
 """Of the room above the floor: what the smallest movables may take, whose copies are mostly latency."""
 _MISSES = 400
@@ -159,25 +164,31 @@ def _best(workload: Workload, budget: int, link: Link, *, wrap: bool, hold: bool
     space = Space(workload, wrap=wrap)
     search = _Search(space, budget)
     best: _Found | None = None
+    seen: bytearray | None = None
     for held in search.candidates() if hold else [space.nothing_held()]:
+        if held == seen:
+            continue
+        seen = held
         found = _evaluated(space, held, Request(budget, link, merge=hold))
+        if best is not None and not best.stalled and found.stalled:
+            break  # holding more takes more room from copying ahead than it saves
         best = found if best is None or found.key < best.key else best
-        if not best.stalled:
-            break
     if best is None:
         raise AssertionError("there is always the candidate that holds nothing")
     if best.stalled and wrap:
         best = min(best, _best(workload, budget, link, wrap=False, hold=hold), key=lambda found: found.key)
-    if not best.stalled and hold:
+    for _ in range(_FILLS if hold and not best.stalled else 0):
         filled = _evaluated(space, search.filled(best), best.request)
-        best = min(filled, best, key=lambda found: found.key)
+        if filled.key >= best.key:
+            break
+        best = filled  # with fewer copies the link can begin later, which may leave room for more
     return best
 
 
 def _evaluated(space: Space, held: bytearray, request: Request) -> _Found:
     """The candidate with slots leaving within their step and, if that is something else, whenever it suits."""
     placements = [place(space, held, replace(request, within_step=True))]
-    if space.wrap and any(stay.offloaded for stay in placements[0].residence.stays):
+    if space.wrap and placements[0].cut_short:
         placements.append(place(space, held, request))
     results = []
     for placement, within_step in zip(placements, (True, False), strict=False):
@@ -203,11 +214,14 @@ class _Search:
         yield held
         held = self._small_ones(held)
         yield held
-        for share, reserve in _RUNGS:
-            rate = self.away / (share * self.space.clock[-1] or 1.0)
-            request = Request(self.budget, Link(rate or 1.0, rate or 1.0, 0.0))
-            held = self._for_link(held, request, reserve * self.typical)
-            yield held
+        small = held
+        for lead in _LEADS if len(self.space.gaps) <= _FEW else _LEADS[:1]:
+            held = small
+            for share, reserve in _RUNGS:
+                rate = self.away / (share * self.space.clock[-1] or 1.0)
+                request = Request(self.budget, Link(rate or 1.0, rate or 1.0, 0.0))
+                held = self._for_link(held, request, reserve * self.typical, lead)
+                yield held
 
     def _small_ones(self, held: bytearray) -> bytearray:
         """The smallest movables resident, as long as that takes little of the room above the floor."""
@@ -223,7 +237,7 @@ class _Search:
                 held[number] = 1
         return held
 
-    def _for_link(self, held: bytearray, request: Request, reserve: int) -> bytearray:
+    def _for_link(self, held: bytearray, request: Request, reserve: int, lead: float) -> bytearray:
         """More held, until nothing waits with this link, or nothing more fits, or holding more is slower."""
         before = float("inf")
         best = held
@@ -235,13 +249,13 @@ class _Search:
                 break
             before, best = steady.stalled_seconds, placement.held
             wanted = _bytes_to_save(machine, placement, request.link)
-            held = self._spread(placement, wanted, request, reserve)
+            held = self._spread(placement, wanted, request, reserve, lead)
             if held == placement.held:
                 break
         return best
 
     def _spread(
-        self, placement: Placement, wanted: list[tuple[int, float]], request: Request, reserve: int
+        self, placement: Placement, wanted: list[tuple[int, float]], request: Request, reserve: int, lead: float
     ) -> bytearray:
         """Hold gaps so that, counted through, the bytes held keep up with the bytes wanted of the copies in order."""
         space, held = self.space, bytearray(placement.held)
@@ -251,7 +265,7 @@ class _Search:
         for number, share in wanted:
             gap = space.gaps[number]
             owed += share
-            if 2 * owed < gap.num_bytes or held[number]:
+            if owed <= 0 or owed < (1 - lead) * gap.num_bytes or held[number]:
                 continue
             unit = space.unit(number, held)
             ranges = [(runs.left[other], space.gaps[other].ahead) for other in unit]
@@ -304,7 +318,7 @@ def _bytes_to_save(machine: Machine, placement: Placement, link: Link) -> list[t
     """
     copies = machine.copies
     place_of = {copy.stay: place for place, copy in enumerate(copies)}
-    sizes = [placement_size(machine, copy.stay) for copy in copies]
+    sizes = [machine.num_bytes(copy.stay) for copy in copies]
     wanted = [0.0] * len(copies)
     waited = {place_of[stay] for stay, _ in machine.waits if stay in place_of}
     for stay, seconds in machine.waits:
@@ -321,8 +335,3 @@ def _bytes_to_save(machine: Machine, placement: Placement, link: Link) -> list[t
         for place in stretch:
             wanted[place] += seconds * link.to_device * sizes[place] / bytes_there
     return [(placement.numbers[copy.stay], wanted[place]) for place, copy in enumerate(copies)]
-
-
-def placement_size(machine: Machine, stay: int) -> int:
-    """Bytes of what a stay is of."""
-    return machine.workload.movables[machine.residence.stays[stay].name].num_bytes
