@@ -3,10 +3,10 @@
     python -m benchmarks.swap_plans                       # all, half an hour and 2 GB of memory
     python -m benchmarks.swap_plans --only svd-xt-4       # the others are kept as they are in the results file
 
-Everything is predicted, for a card that does 60 TFLOP/s, reads and writes 1 TB/s and copies 25 GB/s each way. Slower by
-how much is told against everything resident and nothing cut. Beside it, for the denoiser within the same budget: what it
-would be if nothing were fetched for the next step (no wrap-around), if reuse steps fetched the weights that they skip
-(no reuse awareness), and both.
+Everything is predicted, for a card that does 60 TFLOP/s, reads and writes 1 TB/s and copies 25 GB/s each way, and told
+against everything resident and nothing cut. Beside it, for the denoiser within the same budget: what it would be if
+nothing were fetched for the next step (no wrap-around), if reuse steps fetched the weights that they skip (no reuse
+awareness), and both.
 """
 
 from __future__ import annotations

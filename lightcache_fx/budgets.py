@@ -22,7 +22,15 @@ from lightcache_fx.policy import Swap
 from lightcache_fx.program import modules_of, whole_graphs
 from lightcache_fx.simulator import simulate
 from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
-from lightcache_fx.swapping import SwapSchedule, leaving_after_use, priced, transfers_of, workload_of
+from lightcache_fx.swapping import (
+    SwapSchedule,
+    fixed_inputs,
+    least_movable,
+    leaving_after_use,
+    priced,
+    transfers_of,
+    workload_of,
+)
 from lightcache_fx.units import format_bytes
 from lightcache_fx.workload import Link, Workload
 
@@ -174,12 +182,17 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
         graphs[name] = chunked_copy(whole.graph, plan.chunks[name].chunking).graph if name in plan.chunks else graph
     on_cuda = timeline(graphs["full"], cuda=cuda).cuda
     hardware = hardware or hardware_of(graphs["full"], cuda=on_cuda, folder=swap.folder)
-    programs = {
-        name: priced(name, graph, hardware.machine, weights=swap.weights, features=swap.features, cuda=cuda)
-        for name, graph in graphs.items()
+    least, fixed = least_movable(plan.weight_bytes), set[str]()
+    for graph in graphs.values():
+        fixed |= fixed_inputs(graph, least=least, weights=swap.weights, features=swap.features)
+    programs = {name: priced(name, graph, hardware.machine, fixed, cuda=cuda) for name, graph in graphs.items()}
+    weights = {
+        input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
     }
-    held = plan.hoist.num_bytes + max(program.held_bytes for program in programs.values())
-    held += 0 if swap.features else plan.kept_bytes
+    movable = {name for program in programs.values() for name in program.movables}
+    held = plan.hoist.num_bytes + sum(size for name, size in weights.items() if name not in movable)
+    slots = plan.cut.slots if plan.cut is not None else ()
+    held += sum(slot.num_bytes for slot in slots if slot.name in fixed)
     repeated = capture.layout.is_repeated
     names = plan.period if repeated else ("full",)
     cycle = workload_of([programs[name] for name in names], held, cyclic=repeated)
@@ -271,8 +284,12 @@ def _nothing(_: str) -> None:
     """No limit."""
 
 
+def _is_weight(node: fx.Node) -> bool:
+    return input_of(node).kind == "weight"
+
+
 def _weight_bytes(node: fx.Node) -> int:
-    return num_bytes(node) if input_of(node).kind == "weight" else 0
+    return num_bytes(node) if _is_weight(node) else 0
 
 
 def _explain_floor(plan: Plan, name: str, chunk: ChunkPlan, graph: fx.Graph) -> str:

@@ -134,8 +134,12 @@ def storage_root(node: fx.Node) -> fx.Node:
 def alias_root(node: fx.Node) -> fx.Node:
     """The node whose storage a value really lives in: as `storage_root`, but not through calls that copy.
 
-    A `reshape` or a `to` may return its argument's storage or one of its own; which, is found with meta tensors.
+    A `reshape` or a `to` may return its argument's storage or one of its own; which, is found with meta tensors. It is
+    asked for what may live in an input's storage; any other node's root is as `storage_root` has it.
     """
+    root = storage_root(node)
+    if root.op != "placeholder":
+        return root
     while node.op == "call_function" and is_view(node) and _returns_its_argument(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -156,7 +160,8 @@ def _returns_its_argument(node: fx.Node) -> bool:
     if value.device.type in arguments:  # to the device that it is on: as it is
         return True
     with torch.no_grad():
-        twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        sizes, strides = ([concrete_size(n) for n in given] for given in (value.shape, value.stride()))
+        twin = torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
         result: Any = node.target(twin, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     first = result if isinstance(result, torch.Tensor) else result[0]
     return bool(first.untyped_storage()._cdata == twin.untyped_storage()._cdata)  # noqa: SLF001 - as in liveness.py

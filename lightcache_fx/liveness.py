@@ -281,14 +281,15 @@ class _Run:
 
         Copies that are handed over are held by nobody else: they are taken out of the list of arguments.
         """
-        inputs = enumerate(arguments)
+        places = iter(range(len(arguments)))
         values: dict[fx.Node, Any] = {}
         last_uses = _last_uses(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
-                index, values[node] = next(inputs)
+                place = next(places)
+                values[node] = arguments[place]
                 if node in self.copies:
-                    arguments[index] = None
+                    arguments[place] = None
             elif node.op == "get_attr":
                 values[node] = self.attribute(node)
             elif node.op == "output":

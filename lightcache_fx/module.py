@@ -194,7 +194,7 @@ def _module_mixin(cls: type[nn.Module], methods: Sequence[str]) -> type[Transfor
 
 
 def restore_module(module: M) -> M:
-    """The very module that was given to `transform`."""
+    """The very module that was given to `transform`, its weights on the device that they were on."""
     if not isinstance(module, TransformedModule):
         raise TransformError(f"restore: this {type(module).__name__} is not transformed")
     if _forward_is_replaced(module):
@@ -203,6 +203,7 @@ def restore_module(module: M) -> M:
             f" them first (pipe.remove_all_hooks(), or accelerate.hooks.remove_hook_from_module)"
         )
     original: Any = module._lightcache.original
+    module._lightcache.runtime.recall()
     return original  # type: ignore[no-any-return]
 
 

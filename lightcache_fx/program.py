@@ -190,6 +190,7 @@ class BoundProgram:
         self.slots_read = {i.name for i in program.inputs if i.kind == "slot"} | {
             stay.name for stay in program.transfers.stays if stay.kind == "slot"
         }
+        self._residents = [place for place, (kind, _, _) in enumerate(self._sources) if kind == "resident"]
         self.wanted = resident | {i.name for i in program.inputs if i.kind == "copy"}
         self._run = program.graph_module.forward
 
@@ -201,9 +202,8 @@ class BoundProgram:
         """Run once; what the program returns beside the model's outputs goes into the stores."""
         stores.weight_copies.keep_only(self.wanted)
         args = [self._argument(kind, key, like, tensors, stores) for kind, key, like in self._sources]
-        for (kind, _, _), argument in zip(self._sources, args, strict=True):
-            if kind == "resident":  # all of them have been begun by now
-                WAIT(argument)
+        for place in self._residents:  # all of them have been begun by now
+            WAIT(args[place])
         versions = {
             name: version_of(self._weight(name)) for name in self.program.transfers.copies if name in self.fetched
         }

@@ -252,6 +252,11 @@ class Runtime:
         branch.hoisted_sources = sources
         self.counts["prologue"] += 1
 
+    def recall(self) -> None:
+        """Bring every weight that is kept elsewhere back to the device, and forget the copies there."""
+        self.tracker.reset()
+        self.homes.recall(self._device)
+
     def kept_bytes(self) -> int:
         """Bytes of the slots that the calling thread holds now."""
         return sum(_num_bytes(slot) for branch in self.tracker.branches for slot in branch.stores.slots.values())

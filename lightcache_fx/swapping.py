@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,13 +49,11 @@ class PricedProgram:
         name: of the program.
         ops: its calls, but for views of what can be away, which cost nothing and are made again where they are read.
         movables: what it reads or makes that can be away.
-        held_bytes: weights that stay on the device whatever is planned.
     """
 
     name: str
     ops: tuple[Op, ...]
     movables: Mapping[str, Movable]
-    held_bytes: int
 
 
 @dataclass(frozen=True)
@@ -149,14 +147,36 @@ class SwapSchedule:
         return min(since_full, max(1, last - 1))
 
 
+def fixed_inputs(graph: fx.Graph, *, least: int, weights: bool, features: bool) -> set[str]:
+    """Weights and slots that must stay on the device for this program's sake.
+
+    Those that it returns or writes to, those with gaps between their elements, and small weights.
+
+    Args:
+        graph: of a program.
+        least: bytes of a weight that is not small.
+        weights: whether weights may be away at all.
+        features: whether slots may be.
+    """
+    returned = {alias_root(node) for node in output_node(graph).all_input_nodes}
+    fixed = set()
+    for node in placeholders(graph):
+        given = input_of(node)
+        held = node in returned or _is_written(node) or not all(map(is_dense, tensors_of(node)))
+        small = given.kind == "weight" and num_bytes(node) < least
+        may_move = {"weight": weights, "slot": features}.get(given.kind, False)
+        if held or small or not may_move:
+            fixed.add(given.name)
+    return fixed
+
+
+def least_movable(weight_bytes: int) -> int:
+    """How large a weight is that may be away, in a model with so many bytes of weights."""
+    return min(SMALLEST, int(_SMALL_SHARE * weight_bytes))
+
+
 def priced(
-    name: str,
-    graph: fx.Graph,
-    machine: Machine,
-    *,
-    weights: bool = True,
-    features: bool = True,
-    cuda: bool | None = None,
+    name: str, graph: fx.Graph, machine: Machine, fixed: Container[str] = (), *, cuda: bool | None = None
 ) -> PricedProgram:
     """A program's calls with their times, bytes, and what they read and make that can be away.
 
@@ -164,13 +184,12 @@ def priced(
         name: of the program.
         graph: complete, its regions chunked, without transfers.
         machine: what its device does in a second.
-        weights: whether weights may be away.
-        features: whether slots may be away.
+        fixed: weights and slots that must stay on the device.
         cuda: as for `timeline`.
     """
     line = timeline(graph, cuda=cuda)
-    sources = dict(_movable_inputs(graph, line.rounding, weights=weights, features=features))
-    made = dict(_made_slots(graph, line.rounding)) if features else {}
+    sources = dict(_movable_inputs(graph, line.rounding, fixed))
+    made = {node: slot for node, slot in _made_slots(graph, line.rounding) if slot.name not in fixed}
     seconds = seconds_of_calls(graph, machine, cuda=line.cuda)
     places = {step.node: index for index, step in enumerate(line.steps)}
     since = {slot.name: places[_maker(node)] for node, slot in made.items()}
@@ -188,11 +207,7 @@ def priced(
         ops.append(Op(node.name, seconds[node], step.peak - own, tuple(read), written))
     movables = {movable.name: movable for movable in (*sources.values(), *made.values())}
     named = {op_name for op in ops for op_name in (*op.reads, *op.writes)}
-    movable_weights = sum(m.num_bytes for m in sources.values() if m.kind == "weight" and m.name in named)
-    all_weights = sum(rounded(n, line.rounding) for n in placeholders(graph) if input_of(n).kind == "weight")
-    return PricedProgram(
-        name, tuple(ops), {name: m for name, m in movables.items() if name in named}, all_weights - movable_weights
-    )
+    return PricedProgram(name, tuple(ops), {name: m for name, m in movables.items() if name in named})
 
 
 def rounded(node: fx.Node, rounding: int) -> int:
@@ -200,21 +215,15 @@ def rounded(node: fx.Node, rounding: int) -> int:
     return -(-num_bytes(node) // rounding) * rounding
 
 
-def _movable_inputs(
-    graph: fx.Graph, rounding: int, *, weights: bool, features: bool
-) -> Iterator[tuple[fx.Node, Movable]]:
-    """Weights and slots that a program is given and that may be away: dense ones that it does not return."""
-    returned = {alias_root(node) for node in output_node(graph).all_input_nodes}
-    total = sum(num_bytes(node) for node in placeholders(graph) if input_of(node).kind == "weight")
-    least = min(SMALLEST, int(_SMALL_SHARE * total))
+def _movable_inputs(graph: fx.Graph, rounding: int, fixed: Container[str]) -> Iterator[tuple[fx.Node, Movable]]:
     for node in placeholders(graph):
-        kind = input_of(node).kind
-        if node in returned or not all(map(is_dense, tensors_of(node))):
+        given = input_of(node)
+        if given.name in fixed:
             continue
-        if kind == "weight" and weights and num_bytes(node) >= least and not _is_written(node):
-            yield node, Movable(input_of(node).name, rounded(node, rounding), "weight")
-        elif kind == "slot" and features and not _is_written(node):
-            yield node, Movable(input_of(node).name, rounded(node, rounding), "slot")
+        if given.kind == "weight":
+            yield node, Movable(given.name, rounded(node, rounding), "weight")
+        elif given.kind == "slot":
+            yield node, Movable(given.name, rounded(node, rounding), "slot")
 
 
 def _is_written(node: fx.Node) -> bool:
