@@ -69,7 +69,7 @@ def with_memory(
     """
     policy = plan.policy
     if policy.memory_budget is not None:
-        within = _within(capture, plan, policy.memory_budget, cuda, hardware)
+        within = _within(capture, plan, policy.memory_budget, cuda, hardware, takes_turns=takes_turns)
         assert within.swap is not None
         return within if within.swap.moves or takes_turns else replace(within, swap=None)
     plan = with_chunks(capture, plan, _nothing, cuda=cuda)
@@ -78,7 +78,9 @@ def with_memory(
     return with_swaps(capture, plan, policy.swap, cuda=cuda, hardware=hardware)
 
 
-def _within(capture: Capture, plan: Plan, budget: int, cuda: bool | None, hardware: Hardware | None) -> Plan:
+def _within(
+    capture: Capture, plan: Plan, budget: int, cuda: bool | None, hardware: Hardware | None, *, takes_turns: bool
+) -> Plan:
     """The fastest of: swapping as it is, everything resident and chunked to what is left, and swapping with chunks."""
     swap = plan.policy.swap or Swap()
     whole = _period(capture, plan, swap, cuda, hardware).cycle.seconds
@@ -88,8 +90,9 @@ def _within(capture: Capture, plan: Plan, budget: int, cuda: bool | None, hardwa
         try:
             chunked = with_chunks(capture, plan, limit, cuda=cuda)
             planned = with_swaps(
-                capture, chunked, swap, budget=budget, cuda=cuda, hardware=hardware, whole_seconds=whole
-            )
+                capture, chunked, swap, budget=budget, cuda=cuda, hardware=hardware, whole_seconds=whole,
+                takes_turns=takes_turns,
+            )  # fmt: skip
         except BudgetError as error:
             log.debug("within %s: %s", format_bytes(budget), error)
             floors.append(error)
@@ -99,8 +102,29 @@ def _within(capture: Capture, plan: Plan, budget: int, cuda: bool | None, hardwa
         if found[-1][0] <= _GOOD_ENOUGH * whole:
             break
     if not found:
-        raise min(floors, key=lambda error: error.reached or 0)
+        raise _out_of_reach(capture, plan, budget, min(error.reached or 0 for error in floors), cuda, hardware)
     return min(found, key=lambda entry: entry[0])[1]
+
+
+def _out_of_reach(
+    capture: Capture, plan: Plan, budget: int, reached: int, cuda: bool | None, hardware: Hardware | None
+) -> BudgetError:
+    """Names the floor: what the most demanding call needs where everything is cut and swapped."""
+    swap = plan.policy.swap or Swap()
+    try:
+        plan = with_chunks(capture, plan, {}.fromkeys(whole_graphs(capture, plan), reached).get, cuda=cuda)
+    except BudgetError as error:
+        log.debug("the floor is that of whole activations: %s", error)
+    workload = _period(capture, plan, swap, cuda, hardware).cycle
+    floor, index = floor_of(workload)
+    op = workload.ops[index]
+    return BudgetError(
+        f"memory_budget: {format_bytes(budget)} is less than the {format_bytes(floor)} that {plan.model} needs on the"
+        f" device at once with its activations chunked and its weights swapped, of which {format_bytes(op.live_bytes)}"
+        f" are activations and what always stays there; call %{op.name} sets it. Raise the budget to that, load the"
+        f" model in half precision, or make the latent smaller",
+        floor,
+    )
 
 
 def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
@@ -130,6 +154,7 @@ def with_swaps(
     cuda: bool | None = None,
     hardware: Hardware | None = None,
     whole_seconds: float | None = None,
+    takes_turns: bool = True,
 ) -> Plan:
     """The plan with the transfers of each of its programs.
 
@@ -141,6 +166,7 @@ def with_swaps(
         cuda: as for `with_memory`.
         hardware: as for `with_memory`.
         whole_seconds: of a period with everything on the device and nothing cut; by default as the plan's chunks are.
+        takes_turns: whether everything leaves the device with the last call of a model that is not called step by step.
 
     Raises:
         BudgetError: the budget is below what the most demanding call needs.
@@ -149,7 +175,7 @@ def with_swaps(
     cycle, link = period.cycle, period.hardware.link
     budget = _swap_budget(swap, cycle, link) if budget is None else budget
     found = _planned(plan.model, cycle, budget, link)
-    if not cycle.cyclic:
+    if not cycle.cyclic and (takes_turns or found.residence.stays):
         residence = leaving_after_use(found.residence, cycle)
         found = replace(found, residence=residence, simulation=simulate(cycle, residence, link), resident_bytes=0)
     prologue = Transfers()

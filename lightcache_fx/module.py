@@ -22,6 +22,7 @@ from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, TransformError
 from lightcache_fx.frames import calls_for_slices, decode_apart
 from lightcache_fx.hardware import Hardware
+from lightcache_fx.outputs import register_distributions
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import Program
@@ -326,6 +327,7 @@ def plan_component(
     takes_turns: bool = False,
 ) -> Plan:
     """As `plan`; `takes_turns` where the module has the device in turns with others."""
+    register_distributions()
     _check_module("plan", module)
     if isinstance(module, TransformedModule):
         module = module._lightcache.original

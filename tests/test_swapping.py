@@ -437,7 +437,7 @@ def test_a_pipeline_is_planned_stage_by_stage() -> None:
     assert "slower than all resident" in str(plan)
     refused = lc.plan_pipeline(stages, Policy(memory_budget=20_000), hardware=HARDWARE)
     assert not refused.fits
-    assert "denoise does not fit: Tower: budget: 19.5 KiB is less than" in str(refused)
+    assert "denoise does not fit: memory_budget: 19.5 KiB is less than" in str(refused)
 
 
 def test_pipelines_that_cannot_be_planned() -> None:
