@@ -29,6 +29,7 @@ from lightcache_fx.swapping import (
     leaving_after_use,
     priced,
     transfers_of,
+    when_needed,
     workload_of,
 )
 from lightcache_fx.units import format_bytes
@@ -175,9 +176,15 @@ def with_swaps(
     cycle, link = period.cycle, period.hardware.link
     budget = _swap_budget(swap, cycle, link) if budget is None else budget
     found = _planned(plan.model, cycle, budget, link)
-    if not cycle.cyclic and (takes_turns or found.residence.stays):
-        residence = leaving_after_use(found.residence, cycle)
-        found = replace(found, residence=residence, simulation=simulate(cycle, residence, link), resident_bytes=0)
+    residence = found.residence
+    if not cycle.cyclic and (takes_turns or residence.stays):
+        residence = leaving_after_use(residence, cycle)
+    if not swap.prefetch:
+        residence = when_needed(residence, cycle)
+    if residence != found.residence:
+        resident = sum(cycle.movables[name].num_bytes for name in residence.resident)
+        simulation = simulate(cycle, residence, link)
+        found = replace(found, residence=residence, simulation=simulation, resident_bytes=resident)
     prologue = Transfers()
     if period.prologue is not None:
         once = _planned(plan.model, period.prologue, budget, link).residence

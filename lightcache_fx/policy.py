@@ -256,6 +256,8 @@ class Swap(_Settings):
         to: where they are kept: `host` (page-locked memory; for accelerators) or `disk` (a memory-mapped file; for
             models that run on the CPU). None takes what suits the device.
         folder: where the file is made; None for the system's folder for temporary files.
+        prefetch: whether copies begin ahead of time. Without, each begins when it is needed and computing waits for it,
+            as simple offloading does; to compare.
     """
 
     budget: Budget | None = None
@@ -263,6 +265,7 @@ class Swap(_Settings):
     features: bool = True
     to: Literal["host", "disk"] | None = None
     folder: str | None = None
+    prefetch: bool = True
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> Self:

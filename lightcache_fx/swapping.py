@@ -88,7 +88,8 @@ class SwapSchedule:
     @cached_property
     def weights(self) -> frozenset[str]:
         """All weights that can be away: where they are kept when another model runs."""
-        return frozenset(name for name, movable in self.workload.movables.items() if movable.kind == "weight")
+        repeated = {name for name, movable in self.workload.movables.items() if movable.kind == "weight"}
+        return frozenset(repeated | {stay.name for stay in self.prologue.stays})
 
     @cached_property
     def resident(self) -> frozenset[str]:
@@ -356,3 +357,14 @@ def leaving_after_use(residence: Residence, workload: Workload) -> Residence:
     fetched = [Stay(name, 0, uses[name][0], uses[name][-1]) for name in residence.resident]
     stays = sorted([*residence.stays, *fetched], key=lambda stay: (stay.begin, stay.first, stay.name))
     return Residence(frozenset(), tuple(stays))
+
+
+def when_needed(residence: Residence, workload: Workload) -> Residence:
+    """The same, but every copy to the device is begun just before the call that needs it."""
+    period = len(workload.ops)
+    stays = []
+    for stay in residence.stays:
+        turns = 0 if stay.made else stay.first // period
+        begin, end = stay.first - turns * period, stay.end - turns * period
+        stays.append(stay if stay.made else Stay(stay.name, begin, begin, end))
+    return Residence(residence.resident, tuple(sorted(stays, key=lambda stay: (stay.begin, stay.name))))
