@@ -174,7 +174,7 @@ def with_swaps(
     """
     period = _period(capture, plan, swap, cuda, hardware)
     cycle, link = period.cycle, period.hardware.link
-    budget = _swap_budget(swap, cycle, link) if budget is None else budget
+    budget = _swap_budget(swap, period) if budget is None else budget
     found = _planned(plan.model, cycle, budget, link)
     residence = found.residence
     if not cycle.cyclic and (takes_turns or residence.stays):
@@ -186,13 +186,15 @@ def with_swaps(
         simulation = simulate(cycle, residence, link)
         found = replace(found, residence=residence, simulation=simulation, resident_bytes=resident)
     prologue = Transfers()
-    if period.prologue is not None:
+    if period.prologue is not None and period.everything > budget:
         once = _planned(plan.model, period.prologue, budget, link).residence
         (prologue,) = transfers_of(leaving_after_use(once, period.prologue), period.prologue)
     transfers = transfers_of(found.residence, cycle)
     tier: Tier = "host" if period.on_cuda else "disk"
     whole = cycle.seconds if whole_seconds is None else whole_seconds
-    schedule = SwapSchedule(period.names, transfers, prologue, found, whole, cycle, period.hardware, tier)
+    schedule = SwapSchedule(
+        period.names, period.weights, transfers, prologue, found, whole, cycle, period.hardware, tier
+    )
     notes = plan.notes if schedule.warning is None else (*plan.notes, schedule.warning)
     return replace(plan, swap=schedule, notes=notes)
 
@@ -206,6 +208,23 @@ class _Period:
     prologue: Workload | None
     hardware: Hardware
     on_cuda: bool
+
+    @property
+    def workloads(self) -> list[Workload]:
+        """All of them."""
+        return [self.cycle] if self.prologue is None else [self.cycle, self.prologue]
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The weights that may be away."""
+        movables = (movable for workload in self.workloads for movable in workload.movables.values())
+        return frozenset(movable.name for movable in movables if movable.kind == "weight")
+
+    @property
+    def everything(self) -> int:
+        """Bytes of all that may be away, beside what is live at most."""
+        movables = {name: m.num_bytes for workload in self.workloads for name, m in workload.movables.items()}
+        return sum(movables.values()) + max(op.live_bytes for workload in self.workloads for op in workload.ops)
 
 
 def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardware: Hardware | None) -> _Period:
@@ -240,19 +259,18 @@ def _planned(model: str, workload: Workload, budget: int, link: Link) -> SwapPla
         raise BudgetError(f"{model}: {error}", error.reached) from None
 
 
-def _swap_budget(swap: Swap, workload: Workload, link: Link) -> int:
+def _swap_budget(swap: Swap, period: _Period) -> int:
     """Bytes as asked for; where nothing is, the least at which swapping takes no time, by prediction."""
-    everything = max(op.live_bytes for op in workload.ops) + sum(m.num_bytes for m in workload.movables.values())
     if isinstance(swap.budget, int):
         return swap.budget
-    if not workload.cyclic:  # it begins with nothing on the device, and waits for that whatever the budget
-        return everything
+    if not period.cycle.cyclic:  # it begins with nothing on the device, and waits for that whatever the budget
+        return period.everything
     if isinstance(swap.budget, str):
-        return int(float(swap.budget.removesuffix("%")) / 100 * everything)
-    low, high = floor_of(workload)[0], everything
+        return int(float(swap.budget.removesuffix("%")) / 100 * period.everything)
+    low, high = max(floor_of(workload)[0] for workload in period.workloads), period.everything
     for _ in range(_BISECTIONS):
         middle = (low + high) // 2
-        if plan_swaps(workload, middle, link).slowdown <= _NO_TIME - 1:
+        if plan_swaps(period.cycle, middle, period.hardware.link).slowdown <= _NO_TIME - 1:
             high = middle
         else:
             low = middle

@@ -182,8 +182,11 @@ class Runtime:
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
         resident = plan.swap.resident if plan.swap is not None else frozenset()
+        once = frozenset[str]() if plan.swap is not None and plan.swap.prologue.moves else resident
         bound = {
-            name: BoundProgram(program, self.module, captured.constants, names, resident)
+            name: BoundProgram(
+                program, self.module, captured.constants, names, once if name == "prologue" else resident
+            )
             for name, program in programs.items()
         }
         return Compiled(captured, plan, programs, bound, self._state)

@@ -62,6 +62,7 @@ class SwapSchedule:
 
     Attributes:
         names: the program of each step; the first is a full one, all others reuse.
+        weights: all that can be away: while another model runs they are.
         transfers: of each step.
         prologue: of the program that runs once a generation.
         plan: what was decided for the period, with what it is predicted to take.
@@ -72,6 +73,7 @@ class SwapSchedule:
     """
 
     names: tuple[str, ...]
+    weights: frozenset[str]
     transfers: tuple[Transfers, ...]
     prologue: Transfers
     plan: SwapPlan
@@ -86,15 +88,10 @@ class SwapSchedule:
         return any(transfers.moves for transfers in (*self.transfers, self.prologue))
 
     @cached_property
-    def weights(self) -> frozenset[str]:
-        """All weights that can be away: where they are kept when another model runs."""
-        repeated = {name for name, movable in self.workload.movables.items() if movable.kind == "weight"}
-        return frozenset(repeated | {stay.name for stay in self.prologue.stays})
-
-    @cached_property
     def resident(self) -> frozenset[str]:
-        """Those that stay on the device from one step to the next."""
-        return self.weights & self.plan.residence.resident
+        """The weights that stay on the device from one step to the next."""
+        moving = {stay.name for stay in self.plan.residence.stays} | {stay.name for stay in self.prologue.stays}
+        return self.weights - moving | self.weights & self.plan.residence.resident
 
     @cached_property
     def variants(self) -> tuple[str, ...]:

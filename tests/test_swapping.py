@@ -168,6 +168,7 @@ def test_the_budget_is_kept_and_the_peak_is_as_planned(share: str) -> None:
     generate(swapped)
     lc.reset(swapped)
     swap = swap_of(swapped)
+    assert swap.prologue.stays
     inputs = [(latent(s), torch.tensor(900.0 - 100 * s), prompt(0)) for s in range(NUM_STEPS)]
 
     def run() -> None:
@@ -313,6 +314,7 @@ def test_a_copy_that_fails(failing: dict[str, int], at: int) -> None:
     swapped, plain = (lc.transform(module, asked) for module, asked in
                       ((model, policy("40%")), (Tower(), unswapped(policy()))))  # fmt: skip
     generate(swapped)
+    transfers.WAIT(transfers.PREFETCH(torch.ones(1), torch.device("cpu"), "behind all that is under way"))
     failing["left"] = at
     with pytest.raises(
         SwapError, match=r"cannot copy \S+ \(.*B\) (to|from) the device: input/output error; it is intact"

@@ -51,7 +51,7 @@ class Middle(nn.Module):
 
 
 class Tower(nn.Module):
-    """A skip around blocks whose weights are large beside its activations.
+    """A skip around blocks whose weights are large beside its activations; what `prompt` computes is hoisted.
 
     Shapes: sample (B, 4), timestep () or (B,), encoder_hidden_states (B, 3) -> (B, 4). Cut 0 keeps the last block.
     """
@@ -59,7 +59,7 @@ class Tower(nn.Module):
     def __init__(self, num_blocks: int = 6, width: int = 64) -> None:
         super().__init__()
         self.inner = nn.Linear(4, width)
-        self.prompt = nn.Linear(3, width)
+        self.prompt = nn.Sequential(nn.Linear(3, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
             for _ in range(num_blocks)
