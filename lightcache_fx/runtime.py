@@ -174,6 +174,8 @@ class Runtime:
             return found
 
     def _build(self, call: Call) -> Compiled:
+        if self._device.type != "cpu":
+            self.homes.recall(self._device)  # to be run as it is, beside the capture
         captured = capture(self.module, call, mark=self.marked)
         turns = self._ledger.is_shared
         plan = with_memory(captured, make_plan(captured, self.policy, self.module), takes_turns=turns)
@@ -190,6 +192,13 @@ class Runtime:
             for name, program in programs.items()
         }
         return Compiled(captured, plan, programs, bound, self._state)
+
+    def _bring_home(self, layout: CallLayout, compiled: Compiled, weights: frozenset[str]) -> None:
+        """Move weights to where they are kept; that these are on another device then is no change of the module."""
+        with self._lock:
+            if self.homes.adopt(weights):
+                self._state = ModuleState.take(self.module)
+                self.compiled[layout, self._state.key] = compiled
 
     def _locate(self, call: Call, compiled: Compiled) -> Position:
         group = (compiled, current_branch())
@@ -212,7 +221,7 @@ class Runtime:
         branch = position.branch
         num_steps = run.num_steps if (run := current_run()) is not None else None
         if compiled.plan.swap is not None and position.begins_run:
-            self.homes.adopt(compiled.plan.swap.weights)
+            self._bring_home(call.layout, compiled, compiled.plan.swap.weights)
         branch.stores.weight_copies = self.tracker.weight_copies
         branch.stores.buffer = self.homes.buffer
         if "prologue" in compiled.bound:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from lightcache_fx.swap_checks import validate
 from lightcache_fx.workload import Link, Residence, Workload
 
-__all__ = ["Cause", "Machine", "Period", "Simulation", "Stall", "held_bytes", "simulate", "static_bytes", "validate"]
+__all__ = ["Cause", "Engines", "Period", "Simulation", "Stall", "held_bytes", "simulate", "static_bytes", "validate"]
 
 Cause = Literal["link busy", "issued late", "cold", "offload"]
 
@@ -140,8 +140,8 @@ def simulate(workload: Workload, residence: Residence, link: Link, *, periods: i
         link: the way to the device and back.
         periods: how many at most.
     """
-    machine = Machine(workload, residence, link)
-    first, steady, count, settled = machine.settle(periods)
+    engines = Engines(workload, residence, link)
+    first, steady, count, settled = engines.settle(periods)
     memory = tuple(static_bytes(workload, residence))
     return Simulation(workload.seconds, first, steady, count, settled, memory)
 
@@ -170,7 +170,7 @@ def held_bytes(count: int, ranges: Iterable[tuple[int, int, int]]) -> list[int]:
     return list(accumulate(change[:-1]))
 
 
-class Machine:
+class Engines:
     """The three engines; time goes on from period to period.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lightcache_fx.errors import BudgetError
 from lightcache_fx.range_max import RangeMax
-from lightcache_fx.simulator import Machine, Simulation, simulate, static_bytes, validate
+from lightcache_fx.simulator import Engines, Simulation, simulate, static_bytes, validate
 from lightcache_fx.swap_checks import check_workload
 from lightcache_fx.swap_placement import Placement, Request, Runs, Space, place
 from lightcache_fx.units import format_bytes
@@ -192,7 +192,7 @@ def _evaluated(space: Space, held: bytearray, request: Request) -> _Found:
         placements.append(place(space, held, request))
     results = []
     for placement, within_step in zip(placements, (True, False), strict=False):
-        _, steady, _, _ = Machine(space.workload, placement.residence, request.link).settle(_PERIODS)
+        _, steady, _, _ = Engines(space.workload, placement.residence, request.link).settle(_PERIODS)
         seconds = round(steady.stalled_seconds / (space.clock[-1] or 1.0), 12)
         key = (seconds, steady.to_device_bytes + steady.from_device_bytes)
         asked = replace(request, within_step=within_step)
@@ -243,12 +243,12 @@ class _Search:
         best = held
         for _ in range(_ROUNDS):
             placement = place(self.space, held, request)
-            machine = Machine(self.space.workload, placement.residence, request.link)
-            _, steady, _, _ = machine.settle(_PERIODS)
+            engines = Engines(self.space.workload, placement.residence, request.link)
+            _, steady, _, _ = engines.settle(_PERIODS)
             if steady.stalled_seconds >= before:
                 break
             before, best = steady.stalled_seconds, placement.held
-            wanted = _bytes_to_save(machine, placement, request.link)
+            wanted = _bytes_to_save(engines, placement, request.link)
             held = self._spread(placement, wanted, request, reserve, lead)
             if held == placement.held:
                 break
@@ -310,18 +310,18 @@ def _typical(sizes: list[int]) -> int:
     return 0
 
 
-def _bytes_to_save(machine: Machine, placement: Placement, link: Link) -> list[tuple[int, float]]:
+def _bytes_to_save(engines: Engines, placement: Placement, link: Link) -> list[tuple[int, float]]:
     """Of each copy's gap, in order of copies: its share of the bytes without which nothing would have waited.
 
     What a wait would have carried is shared by the copies of the busy stretch that led to it, from its start or from
     the copy that was waited for before.
     """
-    copies = machine.copies
+    copies = engines.copies
     place_of = {copy.stay: place for place, copy in enumerate(copies)}
-    sizes = [machine.num_bytes(copy.stay) for copy in copies]
+    sizes = [engines.num_bytes(copy.stay) for copy in copies]
     wanted = [0.0] * len(copies)
-    waited = {place_of[stay] for stay, _ in machine.waits if stay in place_of}
-    for stay, seconds in machine.waits:
+    waited = {place_of[stay] for stay, _ in engines.waits if stay in place_of}
+    for stay, seconds in engines.waits:
         if stay not in place_of:
             continue
         last = place = place_of[stay]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
 import diffusers
 import pytest
 import torch
@@ -18,5 +22,12 @@ UPSTREAM_WARNINGS = [
 def pytest_configure(config: pytest.Config) -> None:
     for warning in UPSTREAM_WARNINGS:
         config.addinivalue_line("filterwarnings", warning)
+    os.environ["LIGHTCACHE_FX_CACHE"] = tempfile.mkdtemp(
+        prefix="lightcache_fx-tests-"
+    )  # measurements stay out of ~/.cache
     torch.set_num_threads(1)  # small models; pytest-xdist takes the cores
     diffusers.utils.logging.set_verbosity_error()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["LIGHTCACHE_FX_CACHE"], ignore_errors=True)

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightcache_fx.errors import BudgetError, SwapPlanError
-from lightcache_fx.simulator import Machine
+from lightcache_fx.simulator import Engines
 from lightcache_fx.swap_placement import Request, Runs, Space
 from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
 from lightcache_fx.workload import Link, Residence, Stay, Workload
@@ -308,6 +308,6 @@ def test_latest_changes_no_start(work: Workload, link: Link, extra: int) -> None
     runs = Runs(space, space.nothing_held(), Request(floor_of(work)[0] + extra, link, within_step=True))
     early, late = runs.earliest(), runs.latest()
     both = [runs.placement(early), runs.placement({n: max(early[n], late[n]) for n in runs.fetched})]
-    first, second = (Machine(work, placement.residence, link).settle(40)[1] for placement in both)
+    first, second = (Engines(work, placement.residence, link).settle(40)[1] for placement in both)
     assert second.seconds == pytest.approx(first.seconds, abs=1e-9)
     assert second.to_device_bytes == first.to_device_bytes
