@@ -190,9 +190,10 @@ def _nameless_file(folder: Path, num_bytes: int) -> int:
 def _no_room(folder: str | Path | None, num_bytes: int, error: Exception) -> str:
     if folder is None:
         return f"cannot get {format_bytes(num_bytes)} of host memory to swap to: {error}; swap to disk, or swap less"
-    free = format_bytes(shutil.disk_usage(folder).free) if Path(folder).is_dir() else "no such folder"
+    is_there = Path(folder).is_dir()
+    there = f"{format_bytes(shutil.disk_usage(folder).free)} free in {folder}" if is_there else f"no folder {folder}"
     return (
-        f"cannot make a swap file of {format_bytes(num_bytes)} ({free} free there): {error}; name another folder in"
+        f"cannot make a swap file of {format_bytes(num_bytes)} ({there}): {error}; name another folder in"
         f" Swap(folder=...), or swap less"
     )
 

@@ -158,7 +158,10 @@ class ThreadEngine:
         if (log := _log) is not None:
             log.waited += time.perf_counter() - begin
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del copy, failed  # or the traceback holds this frame, this frame the error, and both the tensors
 
     def _run(
         self,
