@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import multiprocessing
@@ -10,6 +11,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -527,7 +529,12 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
         monkeypatch.setattr(torch.cuda, "current_stream", self.current_stream)
         monkeypatch.setattr(torch.cuda, "stream", self.entered)
-        monkeypatch.setattr(torch.Tensor, "copy_", lambda into, *args, **options: self.copy(into, *args, **options))
+
+        def copy_(into: torch.Tensor, source: torch.Tensor, *, non_blocking: bool) -> torch.Tensor:
+            assert non_blocking
+            return self.copy(into, source)
+
+        monkeypatch.setattr(torch.Tensor, "copy_", copy_)
         self.engine = StreamEngine(torch.device("cuda", 1))
         monkeypatch.setattr(transfers, "engine_of", lambda kind, index: self.engine)
 
@@ -551,11 +558,10 @@ class Cuda:
 
         return Entered()
 
-    def copy(self, into: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> torch.Tensor:
-        assert non_blocking
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         self.calls.append(f"{self.current.name} copies")
-        pair = [(into.data_ptr(), source.data_ptr(), source.nbytes)]  # as CUDA: addresses, which keep nothing alive
-        self.current.put(lambda: move(*pair[0]))
+        # As CUDA does it: with addresses, which keep nothing alive.
+        self.current.put(partial(move, into.data_ptr(), source.data_ptr(), source.nbytes))
         return into
 
     def run(self) -> None:
@@ -566,7 +572,7 @@ class Cuda:
 
 
 def move(into: int, source: int, size: int) -> bool:
-    transfers.ctypes.memmove(into, source, size)
+    ctypes.memmove(into, source, size)
     return True
 
 
