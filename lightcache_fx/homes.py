@@ -82,8 +82,7 @@ class Homes:
         with self._lock, torch.inference_mode(False):
             weights = [weight for weight in self._all() if self.is_home(weight) and not _is_there(weight, device)]
             for group in _by_storage(weights, weights):
-                span = _span(group)
-                span.bind(group, span.copied_to(_empty(span.num_bytes, device)))
+                _bring_back(group, device)
             self._arenas = [arena for arena in self._arenas if arena.free_bytes < arena.num_bytes]
 
     @contextmanager
@@ -147,14 +146,16 @@ def _is_there(weight: torch.Tensor, device: torch.device) -> bool:
     return is_mapped(weight) and weight.device.type == device.type
 
 
-def _empty(num_bytes: int, device: torch.device) -> torch.Tensor:
+def _bring_back(group: list[torch.Tensor], device: torch.device) -> None:
+    span = _span(group)
     try:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        block = torch.empty(span.num_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # the allocators of both kinds of device raise a RuntimeError
         raise SwapError(
-            f"no memory on {device} to bring back weights of {format_bytes(num_bytes)}; they are intact where they are"
-            f" kept: {error}"
+            f"no memory on {device} to bring back weights of {format_bytes(span.num_bytes)}; they are intact where they"
+            f" are kept: {error}"
         ) from error
+    span.bind(group, span.copied_to(block))
 
 
 def _bind(weights: Iterable[torch.Tensor], contents: Iterable[torch.Tensor]) -> None:
