@@ -70,7 +70,7 @@ def map_weights(module: nn.Module, path: str | Path) -> nn.Module:
     entries = {entry.name: entry for entry in chain.from_iterable(map(_entries, _files_at(Path(path))))}
     tables = weight_slots(module)
     weights = {name: table[key] for name, (table, key) in tables.items() if table[key] is not None}
-    _check(type(module).__name__, Path(path), entries, weights, persistent=set(module.state_dict(keep_vars=True)))
+    _check(module, Path(path), entries, weights)
     files = {entry.path: MappedFile(entry.path) for entry in entries.values()}
     bound: dict[int, torch.Tensor] = {}
     for name, entry in entries.items():
@@ -226,15 +226,9 @@ def _entry(name: str, entry: Mapping[str, Any], path: Path, data: int) -> _Entry
     return _Entry(name, path, dtype, shape, data + begin, data + end)
 
 
-def _check(
-    model: str,
-    path: Path,
-    entries: Mapping[str, _Entry],
-    weights: Mapping[str, torch.Tensor],
-    *,
-    persistent: set[str],
-) -> None:
+def _check(module: nn.Module, path: Path, entries: Mapping[str, _Entry], weights: Mapping[str, torch.Tensor]) -> None:
     """Raise a `WeightFileError` where the files do not hold exactly the module's weights."""
+    model, persistent = type(module).__name__, set(module.state_dict(keep_vars=True))
     held = {id(weights[name]) for name in entries if name in weights}
     absent = [name for name, weight in weights.items() if id(weight) not in held]
     missing = [name for name in absent if name in persistent]
@@ -248,7 +242,10 @@ def _check(
     ][:_SHOWN]
     if problems:
         counts = f"{len(missing)} missing, {len(unexpected)} unexpected" if missing or unexpected else "wrong shapes"
-        raise WeightFileError(f"{path} does not hold the weights of {model} ({counts}): {'; '.join(problems)}")
+        tie = (
+            "; if its weights are tied, call tie_weights() first" if missing and hasattr(module, "tie_weights") else ""
+        )
+        raise WeightFileError(f"{path} does not hold the weights of {model} ({counts}): {'; '.join(problems)}{tie}")
     empty = [name for name in absent if weights[name].is_meta]
     if empty:
         raise WeightFileError(
