@@ -22,8 +22,9 @@ from lightcache_fx.errors import SwapError, WeightFileError
 from lightcache_fx.homes import Homes
 from lightcache_fx.mapped import is_mapped, map_weights
 from lightcache_fx.measure import measure_peak
+from lightcache_fx.module import runtime_of
 from lightcache_fx.module_state import weight_slots
-from lightcache_fx.transfers import PREFETCH, WAIT
+from lightcache_fx.transfers import PREFETCH, WAIT, recorded_copies
 
 CPU = torch.device("cpu")
 UNET: dict[str, Any] = {
@@ -186,6 +187,22 @@ def test_they_are_at_home(tmp_path: Path) -> None:
         assert_same(empty, model)
     homes.recall(CPU)
     assert places == [weight.data_ptr() for weight in empty.parameters()]
+
+
+def test_a_model_runs_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within half the memory of its weights, which are copied to the device only, and never to an arena."""
+    monkeypatch.setenv("LIGHTCACHE_FX_CACHE", str(tmp_path))
+    layers = [nn.Linear(128, 128) for _ in range(6)]
+    model = nn.Sequential(*layers).eval().requires_grad_(False)
+    path = saved(tmp_path / "m.safetensors", **model.state_dict())
+    empty = map_weights(on_meta(nn.Sequential, *(nn.Linear(128, 128) for _ in range(6))), path)
+    fast = lc.transform(empty.eval().requires_grad_(False), lc.Policy(swap=lc.Swap(budget="50%")))
+    sample = torch.randn(2, 128)
+    with recorded_copies() as log:
+        assert torch.equal(fast(sample), model(sample))
+    assert {copy.name for copy in log.copies} >= {f"{index}.weight" for index in range(6)}
+    assert runtime_of(fast).homes.num_bytes == 0
+    assert all(map(is_mapped, empty.parameters()))
 
 
 def test_one_whose_data_is_replaced_is_not(tmp_path: Path) -> None:
