@@ -145,7 +145,7 @@ def _returns_its_argument(node: fx.Node) -> bool:
     value = source.meta.get("val")
     if not isinstance(value, torch.Tensor) or len(node.all_input_nodes) > 1:
         return False
-    if any(out.dtype != value.dtype or out.device != value.device for out in tensors_of(node)):
+    if any(out.device != value.device for out in tensors_of(node)):
         return False
     if not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
         return True  # sizes that depend on data, which no weight has: as annotated

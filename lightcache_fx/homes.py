@@ -96,7 +96,8 @@ class Homes:
             self.adopt_all(weights)
             homes = [weight.data for weight in weights]
             try:
-                _bind(weights, map(WAIT, [PREFETCH(home, device, "a weight") for home in homes]))
+                with torch.inference_mode(False):
+                    _bind(weights, map(WAIT, [PREFETCH(home, device, "a weight") for home in homes]))
                 yield
             finally:
                 _bind(weights, homes)

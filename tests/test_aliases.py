@@ -25,6 +25,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "its own device": lambda x: aten.to.device(x, CPU, torch.float32),
     "its own device and dtype by name": lambda x: aten.to.dtype_layout(x, dtype=torch.float32, device=CPU),
     "detached": lambda x: x.detach(),
+    "its bits as another dtype": lambda x: x.view(torch.int32),
 }
 COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "computed": lambda x: x.exp(),

@@ -180,12 +180,14 @@ def test_weights_made_and_moved_in_inference_mode(
     homes = homes_for(model, tmp_path)
     with moving():
         homes.adopt(NAMES)
+        assert was or not model.plain.is_inference()  # a normal one stays a normal one
         with homes.all_present(CPU):
-            pass
+            assert was or not model.plain.is_inference()
+        assert was or not model.plain.is_inference()
         assert_same(model, Model())
         homes.recall(CPU)
     assert_same(model, Model())
-    assert was or not model.plain.is_inference()  # a normal one stays a normal one
+    assert was or not model.plain.is_inference()
 
 
 # Bringing all of them to the device ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,22 @@ def test_a_source_is_free_as_soon_as_it_is_released(arena: Arena) -> None:
         assert died() is None
 
 
+def test_a_worker_holds_nothing_when_it_says_that_it_is_done(
+    arena: Arena, gate: Gate, engine: ThreadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what is released would be free a moment later, or not, as threads happen to run."""
+    value, alive = x(), []
+    died = weakref.ref(value)
+    real = Future.set_result
+    monkeypatch.setattr(Future, "set_result", lambda future, result: alive.append(died()) or real(future, result))
+    leaving = OFFLOAD(value, buffer(arena, value.nbytes), "h")
+    gate.wait_for_begin()
+    del value
+    gate.opened.release()
+    RELEASE(leaving, torch.empty(0))
+    assert alive == [None]
+
+
 def test_a_home_lives_until_its_copy_has_ended(arena: Arena, gate: Gate, engine: ThreadEngine) -> None:
     arriving = PREFETCH(at_home(arena, x()), CPU, "w")  # whose home nobody else holds
     gate.wait_for_begin()
@@ -461,9 +478,12 @@ def test_a_forked_child_finds_copies_whole_and_makes_its_own(
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    assert [answers.poll(TIMEOUT) and answers.recv() for _ in range(2)] == [True, True]
-    process.join(TIMEOUT)
-    assert process.exitcode == 0
+    try:
+        assert [answers.poll(TIMEOUT) and answers.recv() for _ in range(2)] == [True, True]
+        process.join(TIMEOUT)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
     assert torch.equal(WAIT(arriving), x())
 
 
