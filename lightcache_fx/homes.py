@@ -96,7 +96,7 @@ class Homes:
             self.adopt_all(weights)
             homes = [weight.data for weight in weights]
             try:
-                with torch.inference_mode(False):
+                with torch.inference_mode(False):  # or they become inference tensors themselves
                     _bind(weights, map(WAIT, [PREFETCH(home, device, "a weight") for home in homes]))
                 yield
             finally:
@@ -160,9 +160,8 @@ def _bring_back(group: list[torch.Tensor], device: torch.device) -> None:
 
 
 def _bind(weights: Iterable[torch.Tensor], contents: Iterable[torch.Tensor]) -> None:
-    with torch.inference_mode(False):  # or they become inference tensors themselves
-        for weight, content in zip(weights, contents, strict=True):
-            weight.data = content
+    for weight, content in zip(weights, contents, strict=True):
+        weight.data = content
 
 
 @dataclass(frozen=True)
