@@ -5,6 +5,7 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 """
 
 from lightcache_fx import errors
+from lightcache_fx.mapped import map_weights
 from lightcache_fx.module import Report, decode_frames, inspect, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
 from lightcache_fx.pipeline_plan import PipelinePlan, Stage, plan_pipeline
@@ -35,6 +36,7 @@ __all__ = [
     "errors",
     "format_graph",
     "inspect",
+    "map_weights",
     "marked_run",
     "plan",
     "plan_pipeline",

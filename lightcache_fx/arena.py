@@ -13,7 +13,9 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,6 +44,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
 class Arena:
     """One mapping from which blocks are taken and to which they return when the last tensor in them dies.
 
+    It lives as long as any tensor in it does: only then is its file closed and its memory no longer page-locked.
+
     Args:
         num_bytes: its size; blocks are aligned, so add `ALIGNMENT` for each.
         folder: where its file is made; None for host memory, which has none.
@@ -68,8 +72,11 @@ class Arena:
         if page_locked:
             _lock_pages(self.base, self.num_bytes)
         self._free = [(0, self.num_bytes)]
-        _ARENAS.add(self)
-        self._close = weakref.finalize(self, _close, self.file, self.base if page_locked else None)
+        self._returned: deque[tuple[int, int]] = deque()
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close, self.file, self.base if page_locked else None).atexit = False
+        with _LOCK:
+            _ARENAS.add(self)
 
     def tensor_like(self, like: torch.Tensor) -> torch.Tensor:
         """An empty tensor in a block of its own, of the same shape, dtype and strides.
@@ -80,10 +87,10 @@ class Arena:
         size = span_of(like)
         if not size:
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-        offset = self._take(-(-size // ALIGNMENT) * ALIGNMENT)
+        offset = self._take(_aligned(size))
         view = memoryview(self._map)[offset : offset + size]
         block = torch.frombuffer(view, dtype=torch.uint8)  # its storage holds the view, and the view the mapping
-        weakref.finalize(view, _give_back, weakref.ref(self), offset, -(-size // ALIGNMENT) * ALIGNMENT)
+        weakref.finalize(view, self.give_back, offset, _aligned(size)).atexit = False  # and this holds the arena
         return block.view(like.dtype).as_strided(like.shape, like.stride())
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
@@ -102,45 +109,57 @@ class Arena:
     @property
     def free_bytes(self) -> int:
         """Bytes in no block."""
-        return sum(size for _, size in self._free)
+        with self._lock:
+            return sum(size for _, size in self._joined())
 
     def has_room(self, size: int) -> bool:
         """Whether a block of so many bytes can be taken."""
-        return any(free >= -(-size // ALIGNMENT) * ALIGNMENT for _, free in self._free)
-
-    def _take(self, size: int) -> int:
-        for index, (offset, free) in enumerate(self._free):
-            if free >= size:
-                self._free[index : index + 1] = [(offset + size, free - size)] if free > size else []
-                return offset
-        raise SwapError(
-            f"the swap arena of {format_bytes(self.num_bytes)} has no block of {format_bytes(size)} left"
-            f" ({format_bytes(self.free_bytes)} free in pieces)"
-        )
+        with self._lock:
+            return any(free >= _aligned(size) for _, free in self._joined())
 
     def give_back(self, offset: int, size: int) -> None:
-        """A block is free again; it is joined with its free neighbours."""
-        joined: list[tuple[int, int]] = []
-        for begin, length in sorted([*self._free, (offset, size)]):
-            if joined and sum(joined[-1]) == begin:
-                joined[-1] = joined[-1][0], joined[-1][1] + length
-            else:
-                joined.append((begin, length))
-        self._free = joined
+        """A block is free again. Called when a tensor dies: from any thread, between any two lines of any other."""
+        self._returned.append((offset, size))
+
+    def _take(self, size: int) -> int:
+        with self._lock:
+            free_blocks = self._joined()
+            for index, (offset, free) in enumerate(free_blocks):
+                if free >= size:
+                    free_blocks[index : index + 1] = [(offset + size, free - size)] if free > size else []
+                    return offset
+            free = sum(free for _, free in free_blocks)
+        raise SwapError(
+            f"the swap arena of {format_bytes(self.num_bytes)} has no block of {format_bytes(size)} left"
+            f" ({format_bytes(free)} free in pieces)"
+        )
+
+    def _joined(self) -> list[tuple[int, int]]:
+        """The free blocks, those given back joined with their neighbours; to be called with the lock held."""
+        while self._returned:
+            joined: list[tuple[int, int]] = []
+            for begin, length in sorted([*self._free, self._returned.popleft()]):
+                if joined and sum(joined[-1]) == begin:
+                    joined[-1] = joined[-1][0], joined[-1][1] + length
+                else:
+                    joined.append((begin, length))
+            self._free = joined
+        return self._free
 
 
 _ARENAS: weakref.WeakSet[Arena] = weakref.WeakSet()
+_LOCK = threading.Lock()  # a set that grows must not be gone through meanwhile
 
 
 def arenas() -> list[Arena]:
     """All that there are."""
-    return list(_ARENAS)
+    with _LOCK:
+        return list(_ARENAS)
 
 
 def arena_for(tensors: Iterable[torch.Tensor], **options: object) -> Arena:
     """An arena with room for exactly these, each in a block of its own; `options` are those of `Arena`."""
-    sizes = (-(-span_of(tensor) // ALIGNMENT) * ALIGNMENT for tensor in tensors)
-    return Arena(sum(sizes), **options)  # type: ignore[arg-type]
+    return Arena(sum(_aligned(span_of(tensor)) for tensor in tensors), **options)  # type: ignore[arg-type]
 
 
 def arena_of(tensor: torch.Tensor, among: Iterable[Arena]) -> tuple[Arena, int] | None:
@@ -152,10 +171,8 @@ def arena_of(tensor: torch.Tensor, among: Iterable[Arena]) -> tuple[Arena, int] 
     return None
 
 
-def _give_back(arena: weakref.ref[Arena], offset: int, size: int) -> None:
-    owner = arena()
-    if owner is not None:
-        owner.give_back(offset, size)
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _nameless_file(folder: Path, num_bytes: int) -> int:
@@ -173,9 +190,10 @@ def _nameless_file(folder: Path, num_bytes: int) -> int:
 def _no_room(folder: str | Path | None, num_bytes: int, error: Exception) -> str:
     if folder is None:
         return f"cannot get {format_bytes(num_bytes)} of host memory to swap to: {error}; swap to disk, or swap less"
-    free = format_bytes(shutil.disk_usage(folder).free) if Path(folder).is_dir() else "no such folder"
+    is_there = Path(folder).is_dir()
+    there = f"{format_bytes(shutil.disk_usage(folder).free)} free in {folder}" if is_there else f"no folder {folder}"
     return (
-        f"cannot make a swap file of {format_bytes(num_bytes)} ({free} free there): {error}; name another folder in"
+        f"cannot make a swap file of {format_bytes(num_bytes)} ({there}): {error}; name another folder in"
         f" Swap(folder=...), or swap less"
     )
 
@@ -190,7 +208,7 @@ def _lock_pages(address: int, num_bytes: int) -> None:
 
 
 def _close(file: int | None, locked: int | None) -> None:
-    """The mapping itself goes when the last tensor in it does."""
+    """What goes beside the mapping itself, which goes with its last user."""
     if locked is not None:
         torch.cuda.cudart().cudaHostUnregister(locked)
     if file is not None:

@@ -129,8 +129,17 @@ def _out_of_reach(
 
 
 def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
-    """What activations may take: whatever they do, what is left beside all weights, and what is left beside few."""
+    """What activations may take: whatever they do, what is left beside few weights, and what is left beside all.
+
+    The last comes last: it asks most of the activations, and a search for what cannot be reached takes longest.
+    """
     yield _nothing
+    graphs = whole_graphs(capture, plan)
+    largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
+    for share in (1.0, 0.75):
+        few = int(share * (budget - plan.hoist.num_bytes - 2 * _weight_bytes(largest)))
+        if few > 0:
+            yield {}.fromkeys(graphs, few).get
     held = plan.weight_bytes + plan.hoist.num_bytes
 
     def beside_all(name: str) -> int:
@@ -138,12 +147,6 @@ def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
 
     if beside_all("reuse") > 0:
         yield beside_all
-    graphs = whole_graphs(capture, plan)
-    largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
-    for share in (1.0, 0.75):
-        few = int(share * (budget - plan.hoist.num_bytes - 2 * _weight_bytes(largest)))
-        if few > 0:
-            yield {}.fromkeys(graphs, few).get
 
 
 def with_swaps(

@@ -55,6 +55,10 @@ class SwapError(LightcacheError, RuntimeError):
     """A copy between the device and where weights and features are kept could not be made; no weight is lost."""
 
 
+class WeightFileError(LightcacheError, ValueError):
+    """Files do not hold the weights of a module, or cannot be mapped."""
+
+
 class ScheduleError(LightcacheError, ValueError):
     """A schedule does not fit the run it is used in."""
 

@@ -154,17 +154,17 @@ def _returns_its_argument(node: fx.Node) -> bool:
     value = source.meta.get("val")
     if not isinstance(value, torch.Tensor) or len(node.all_input_nodes) > 1:
         return False
-    if any(out.dtype != value.dtype or out.device != value.device for out in tensors_of(node)):
+    if any(out.device != value.device for out in tensors_of(node)):
         return False
-    arguments = [x.type if isinstance(x, torch.device) else x for x in (*node.args[1:], *node.kwargs.values())]
-    if value.device.type in arguments:  # to the device that it is on: as it is
-        return True
+    if not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
+        return True  # sizes that depend on data, which no weight has: as annotated
+    meta = torch.device("meta")  # in the place of the device that the value is on already
+    args, kwargs = pytree.tree_map_only(torch.device, lambda _: meta, (node.args[1:], node.kwargs))
     with torch.no_grad():
-        sizes, strides = ([concrete_size(n) for n in given] for given in (value.shape, value.stride()))
-        twin = torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
-        result: Any = node.target(twin, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    first = result if isinstance(result, torch.Tensor) else result[0]
-    return bool(first.untyped_storage()._cdata == twin.untyped_storage()._cdata)  # noqa: SLF001 - as in liveness.py
+        twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=meta)
+        result: Any = node.target(twin, *args, **kwargs)  # type: ignore[operator]
+    storages = [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(result)]  # noqa: SLF001 - as in liveness.py
+    return bool(twin.untyped_storage()._cdata in storages)  # noqa: SLF001
 
 
 def is_mark(node: fx.Node) -> bool:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import fx
 
-from lightcache_fx.arena import Arena
+from lightcache_fx.arena import arena_for
 from lightcache_fx.costs import GPU_HALF, Machine, machine_of
 from lightcache_fx.transfers import copy_bytes
 from lightcache_fx.workload import Link
@@ -79,13 +80,15 @@ def measured_link(device: torch.device, folder: str | Path | None = None) -> Lin
     """
     where = Path(folder) if folder is not None else Path(tempfile.gettempdir())
     key = f"link {_name_of(device)}" + (f" {where.stat().st_dev}" if device.type == "cpu" and where.is_dir() else "")
-    found = _remembered(key, lambda: _measure_link(device, where))
-    return Link(**found)
+    found = _remembered(key, ("to_device", "from_device"), lambda: _measure_link(device, where))
+    return Link(found["to_device"], found["from_device"])
 
 
 def measured_machine(device: torch.device, dtype: torch.dtype, typical: Machine) -> Machine:
     """A device's arithmetic and memory traffic, measured here the first time; the rest is as is typical."""
-    found = _remembered(f"machine {_name_of(device)} {dtype}", lambda: _measure_machine(device, dtype))
+    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    key = f"machine {_name_of(device)} {dtype}{threads}"
+    found = _remembered(key, ("flops", "bytes"), lambda: _measure_machine(device, dtype))
     return replace(typical, flops=found["flops"], bytes=found["bytes"])
 
 
@@ -95,11 +98,11 @@ def cache_file() -> Path:
     return Path(os.environ.get(_CACHE) or Path(root) / "lightcache_fx") / "hardware.json"
 
 
-def _remembered(key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _remembered(key: str, rates: Sequence[str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """A measurement from the file, or made now and written to it; a file that cannot be read is made anew."""
     path = cache_file()
     known = _read(path)
-    if key not in known:
+    if not all(0 < known.get(key, {}).get(rate, 0) < math.inf for rate in rates):
         known[key] = measure()
         log.info("measured %s: %s", key, known[key])
         _write(path, known)
@@ -121,9 +124,10 @@ def _write(path: Path, content: dict[str, dict[str, float]]) -> None:
     """Put a file in its place as a whole, so that no reader sees half of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder) / path.name
+            new.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+            new.replace(path)
     except OSError as error:
         log.info("cannot keep measurements in %s: %s", path, error)
 
@@ -135,17 +139,17 @@ def _name_of(device: torch.device) -> str:
 def _measure_link(device: torch.device, folder: Path) -> dict[str, float]:
     here = torch.empty(_COPIED, dtype=torch.uint8, device=device)
     on_cuda = device.type == "cuda"
-    arena = Arena(2 * _COPIED, folder=None if on_cuda else folder, page_locked=on_cuda)
-    home = arena.tensor_like(torch.empty(_COPIED, dtype=torch.uint8, device="meta"))
+    home = arena_for([here], folder=None if on_cuda else folder, page_locked=on_cuda).tensor_like(here)
     copy = torch.Tensor.copy_ if on_cuda else copy_bytes
     leaving = _seconds(lambda: copy(home, here), device)
     arriving = _seconds(lambda: copy(here, home), device)
-    return asdict(Link(to_device=_COPIED / arriving, from_device=_COPIED / leaving))
+    return {"to_device": _COPIED / arriving, "from_device": _COPIED / leaving}
 
 
 def _measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     size = _SIZE * (8 if device.type == "cuda" else 1)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # the user's next random numbers must not depend on this
+    a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=own) for _ in range(2))
     large = torch.empty(_COPIED * 4, dtype=torch.uint8, device=device)
     other = torch.empty_like(large)
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ import torch
 
 from lightcache_fx.arena import ALIGNMENT, Arena, arena_for, arena_of, is_dense, span_of
 from lightcache_fx.errors import SwapError
-from lightcache_fx.transfers import PREFETCH, WAIT
+from lightcache_fx.mapped import is_mapped
+from lightcache_fx.transfers import PREFETCH, WAIT, copy_bytes
+from lightcache_fx.units import format_bytes
 
 Tier = Literal["host", "disk"]
 WeightTable = Mapping[str, tuple[dict[str, Any], str]]
@@ -26,15 +28,17 @@ WeightTable = Mapping[str, tuple[dict[str, Any], str]]
 
 
 class Homes:
-    """The arenas of one module.
+    """The arenas of one module. Weights that `map_weights` bound to the user's files are at home as they are.
 
     Args:
-        weights: of the module.
+        weights: of the module; a function where the module may be given other ones (adapters).
         tier: page-locked host memory, or a memory-mapped file.
         folder: where files are made; None for the system's folder for temporary files.
     """
 
-    def __init__(self, weights: WeightTable, tier: Tier, folder: str | Path | None = None) -> None:
+    def __init__(
+        self, weights: WeightTable | Callable[[], WeightTable], tier: Tier, folder: str | Path | None = None
+    ) -> None:
         self.tier = tier
         self.folder = Path(folder) if folder is not None else Path(tempfile.gettempdir())
         self._weights = weights
@@ -53,29 +57,32 @@ class Homes:
 
     def adopt_all(self, weights: Iterable[torch.Tensor]) -> int:
         """As `adopt`, for the weights themselves."""
-        with self._lock:
-            away = [weight for weight in weights if not self.is_home(weight)]
-            groups = list(_by_storage(away, self._all()).values())
+        with self._lock, torch.inference_mode(False):
+            groups = _by_storage((weight for weight in weights if not self.is_home(weight)), self._all())
             if not groups:
                 return 0
             spans = [_span(group) for group in groups]
             arena = arena_for(
                 (torch.empty(span.num_bytes, dtype=torch.uint8, device="meta") for span in spans), **self._options()
             )
-            moved = [(group, span, span.copied_to(arena)) for group, span in zip(groups, spans, strict=True)]
+            blocks = [span.copied_to(arena.tensor_like(span.source)) for span in spans]
             self._arenas.append(arena)
-            for group, span, block in moved:
-                for weight in group:
-                    weight.data = span.view_of(weight, block)
+            for group, span, block in zip(groups, spans, blocks, strict=True):
+                span.bind(group, block)
             return sum(span.num_bytes for span in spans)
 
     def recall(self, device: torch.device) -> None:
-        """Bind every weight that is at home to memory of the device again."""
-        with self._lock:
-            for weight in self._all():
-                if self.is_home(weight):
-                    fresh = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)
-                    weight.data = fresh.copy_(weight.data)
+        """Bind every weight that is at home to memory of the device again.
+
+        Tensors that share memory go on sharing it. Weights in the user's own files stay there on the CPU.
+
+        Raises:
+            SwapError: there is no room on the device; what has not been bound to it is where it was.
+        """
+        with self._lock, torch.inference_mode(False):
+            weights = [weight for weight in self._all() if self.is_home(weight) and not _is_there(weight, device)]
+            for group in _by_storage(weights, weights):
+                _bring_back(group, device)
             self._arenas = [arena for arena in self._arenas if arena.free_bytes < arena.num_bytes]
 
     @contextmanager
@@ -89,18 +96,15 @@ class Homes:
             self.adopt_all(weights)
             homes = [weight.data for weight in weights]
             try:
-                copies = [PREFETCH(home, device, "a weight") for home in homes]
-                for weight, copy in zip(weights, copies, strict=True):
-                    weight.data = WAIT(copy)
-                del copies
+                with torch.inference_mode(False):  # or they become inference tensors themselves
+                    _bind(weights, map(WAIT, [PREFETCH(home, device, "a weight") for home in homes]))
                 yield
             finally:
-                for weight, home in zip(weights, homes, strict=True):
-                    weight.data = home
+                _bind(weights, homes)
 
     def is_home(self, weight: torch.Tensor) -> bool:
-        """Whether a weight is bound to its copy at home."""
-        return arena_of(weight, self._arenas) is not None
+        """Whether a weight is bound to its copy at home; one without elements has nothing that could be elsewhere."""
+        return not weight.numel() or is_mapped(weight) or arena_of(weight, self._arenas) is not None
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
         """A buffer for a slot, uint8[num_bytes]; its room is free again when nobody holds it any more.
@@ -126,14 +130,38 @@ class Homes:
             return {"folder": self.folder}
         return {"page_locked": torch.cuda.is_available()}
 
+    def _table(self) -> WeightTable:
+        return self._weights() if callable(self._weights) else self._weights
+
     def _find(self, name: str) -> torch.Tensor:
-        table, key = self._weights[name]
+        table, key = self._table()[name]
         found: torch.Tensor = table[key]
         return found
 
     def _all(self) -> list[torch.Tensor]:
-        found = (table[key] for table, key in self._weights.values() if table[key] is not None)
-        return list({id(weight): weight for weight in found}.values())
+        found = (table.get(key) for table, key in self._table().values())  # weight norm takes keys away
+        return list({id(weight): weight for weight in found if weight is not None}.values())
+
+
+def _is_there(weight: torch.Tensor, device: torch.device) -> bool:
+    return is_mapped(weight) and weight.device.type == device.type
+
+
+def _bring_back(group: list[torch.Tensor], device: torch.device) -> None:
+    span = _span(group)
+    try:
+        block = torch.empty(span.num_bytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # the allocators of both kinds of device raise a RuntimeError
+        raise SwapError(
+            f"no memory on {device} to bring back weights of {format_bytes(span.num_bytes)}; they are intact where they"
+            f" are kept: {error}"
+        ) from error
+    span.bind(group, span.copied_to(block))
+
+
+def _bind(weights: Iterable[torch.Tensor], contents: Iterable[torch.Tensor]) -> None:
+    for weight, content in zip(weights, contents, strict=True):
+        weight.data = content
 
 
 @dataclass(frozen=True)
@@ -152,10 +180,21 @@ class _Span:
     def num_bytes(self) -> int:
         return self.source.numel()
 
-    def copied_to(self, arena: Arena) -> torch.Tensor:
-        block = arena.tensor_like(self.source)
-        block.copy_(self.source)
+    def copied_to(self, block: torch.Tensor) -> torch.Tensor:
+        if self.source.device.type != "cpu" or block.device.type != "cpu":
+            return block.copy_(self.source)
+        try:
+            copy_bytes(block, self.source)  # by the file, or a disk that fails would end the process
+        except OSError as error:
+            raise SwapError(
+                f"cannot move weights of {format_bytes(self.num_bytes)}: {error}; they are intact where they were"
+            ) from error
         return block
+
+    def bind(self, group: Iterable[torch.Tensor], block: torch.Tensor) -> None:
+        """Let the weights lie in a copy of this memory."""
+        for weight in group:
+            weight.data = self.view_of(weight, block)
 
     def view_of(self, weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
         """A weight's own shape and strides at its place in the block."""
@@ -164,14 +203,14 @@ class _Span:
         return own.as_strided(weight.shape, weight.stride())
 
 
-def _by_storage(weights: Iterable[torch.Tensor], among: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+def _by_storage(weights: Iterable[torch.Tensor], among: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """The weights, and all others that share their storages, by storage."""
     groups: dict[int, list[torch.Tensor]] = {w.untyped_storage()._cdata: [] for w in weights}  # noqa: SLF001
     for weight in among:
         key = weight.untyped_storage()._cdata  # noqa: SLF001 - a storage has no other identity
         if key in groups:
             groups[key].append(weight)
-    return groups
+    return list(groups.values())
 
 
 def _span(group: list[torch.Tensor]) -> _Span:
@@ -183,7 +222,7 @@ def _span(group: list[torch.Tensor]) -> _Span:
             )
     begins = [int(weight.storage_offset()) * weight.element_size() for weight in group]
     ends = [begin + span_of(weight) for begin, weight in zip(begins, group, strict=True)]
-    first = min(begins)
+    first = min(begins) // ALIGNMENT * ALIGNMENT  # so that every dtype is aligned in a copy as it is here
     whole = torch.empty(0, dtype=torch.uint8, device=group[0].device).set_(
         group[0].untyped_storage(), first, (max(ends) - first,), (1,)
     )

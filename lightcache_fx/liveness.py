@@ -281,15 +281,15 @@ class _Run:
 
         Copies that are handed over are held by nobody else: they are taken out of the list of arguments.
         """
-        places = iter(range(len(arguments)))
+        index = 0  # not enumerate(), which holds what it gave last
         values: dict[fx.Node, Any] = {}
         last_uses = _last_uses(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
-                place = next(places)
-                values[node] = arguments[place]
+                values[node] = arguments[index]
                 if node in self.copies:
-                    arguments[place] = None
+                    arguments[index] = None
+                index += 1
             elif node.op == "get_attr":
                 values[node] = self.attribute(node)
             elif node.op == "output":

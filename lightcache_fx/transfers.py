@@ -2,8 +2,8 @@
 
     %w_arriving = lightcache.prefetch(%w_home, device, "w")     begins a copy to the device
     %w          = lightcache.wait(%w_arriving)                  the same tensor, whole
-    %h_leaving  = lightcache.offload(%h, %h_home, "h")          begins a copy from the device into a buffer
-    %h_gone     = lightcache.release(%h_leaving, %h)            the buffer, whole; only now may %h be freed
+    %h_leaving  = lightcache.offload(%h, %h_home, "h")          begins a copy from the device into a buffer's bytes
+    %h_gone     = lightcache.release(%h_leaving, %h)            the buffer, laid out as %h; only now may %h be freed
 
 Each returns what its consumers use, so that order is dataflow and dead code elimination drops none that matters. The
 lifetime of a source is explicit: it is an argument of the operator behind whose call it may be freed.
@@ -21,6 +21,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightcache_fx.arena import arena_of, arenas, span_of
 from lightcache_fx.errors import SwapError
+from lightcache_fx.mapped import check_file
 from lightcache_fx.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -97,7 +99,8 @@ class ThreadEngine:
     """Copies between memory and mapped files by one worker thread each way.
 
     A worker reads the file itself instead of the mapping: a page fault that the disk cannot serve would end the
-    process, a read raises. Neither reading nor copying holds the interpreter's lock.
+    process, a read raises. Neither reading nor copying holds the interpreter's lock. A process that forks waits for the
+    copies under way, so that its child, which has none of its threads, finds them whole.
 
     Args:
         copy: copies the bytes of the second tensor into the first; other ones are for tests.
@@ -105,11 +108,22 @@ class ThreadEngine:
 
     def __init__(self, copy: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> None:
         self._copy = copy or copy_bytes
+        self._pending: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.start()
+        _thread_engines.add(self)
+
+    def start(self) -> None:
+        """Begin with workers of this very process; copies that have ended can still be waited for."""
+        self._lock = threading.Lock()
         self._workers = {
             way: ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lightcache_fx-{way}") for way in ("in", "out")
         }
-        self._pending: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._lock = threading.Lock()
+
+    def finish(self) -> None:
+        """Go on only when no copy is under way."""
+        with self._lock:
+            for copy in list(self._pending.values()):
+                copy.exception()
 
     def prefetch(self, home: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
         """As `Engine.prefetch`; a copy that still fills `home` ends first."""
@@ -131,38 +145,74 @@ class ThreadEngine:
 
     def _begin(self, way: Way, into: torch.Tensor, source: torch.Tensor, name: str) -> None:
         with self._lock:
-            earlier = [self._pending.get(tensor) for tensor in (into, source)]
-            future = self._workers[way].submit(
-                self._run, way, into, source, name, [e for e in earlier if e is not None]
-            )
-            self._pending[into] = future
+            earlier = [copy for tensor in (into, source) if (copy := self._pending.get(tensor)) is not None]
+            self._pending[into] = self._workers[way].submit(self._run, way, [(into, source)], name, earlier)
 
     def _end(self, into: torch.Tensor) -> None:
         with self._lock:
-            future = self._pending.pop(into, None)
-        if future is None:
+            copy = self._pending.pop(into, None)
+        if copy is None:
             return
         begin = time.perf_counter()
-        future.result()
-        if _log is not None:
-            _log.waited += time.perf_counter() - begin
+        failed = copy.result()
+        if (log := _log) is not None:
+            log.waited += time.perf_counter() - begin
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del copy, failed  # or the traceback holds this frame, this frame the error, and both the tensors
 
-    def _run(self, way: Way, into: torch.Tensor, source: torch.Tensor, name: str, earlier: list[Future[None]]) -> None:
+    def _run(
+        self,
+        way: Way,
+        tensors: list[tuple[torch.Tensor, torch.Tensor]],
+        name: str,
+        earlier: list[Future[SwapError | None]],
+    ) -> SwapError | None:
+        """One copy, behind those that it depends on.
+
+        When it has ended nobody holds its tensors any more: they come in a list that is emptied, because the pool keeps
+        arguments a while, and an error is returned, because the traceback of one that is raised keeps them for ever.
+        """
+        into, source = tensors.pop()
         for copy in earlier:
-            copy.result()
+            if (failed := copy.result()) is not None:
+                return failed
         begin = time.perf_counter()
         try:
             self._copy(into, source)
         except (OSError, SwapError) as error:
             to = "to the device" if way == "in" else "from the device"
             size = format_bytes(span_of(source))
-            raise SwapError(f"cannot copy {name} ({size}) {to}: {error}; it is intact where it was") from error
-        if _log is not None:
-            _log.copies.append(CopyRecord(name, way, span_of(source), begin, time.perf_counter()))
+            failed = SwapError(f"cannot copy {name} ({size}) {to}: {error}; it is intact where it was")
+            failed.__cause__ = error.with_traceback(None)
+            return failed
+        if (log := _log) is not None:
+            log.copies.append(CopyRecord(name, way, span_of(source), begin, time.perf_counter()))
+        return None
+
+
+_thread_engines: weakref.WeakSet[ThreadEngine] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    for engine in list(_thread_engines):
+        engine.finish()
+
+
+def _start_all() -> None:
+    for engine in list(_thread_engines):
+        engine.start()
+
+
+os.register_at_fork(before=_finish_all, after_in_child=_start_all)
 
 
 def copy_bytes(into: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy a dense tensor's bytes into another of the same size, through the file where one of them is mapped.
+    """Copy a dense tensor's bytes into another of the same size, through the file where one of them is in an arena's.
+
+    Weights that the user's own files hold are read by the mapping: what was written to them is only there.
 
     Raises:
         SwapError: the file has been cut short.
@@ -171,6 +221,7 @@ def copy_bytes(into: torch.Tensor, source: torch.Tensor) -> None:
     size, mapped = span_of(source), arenas()
     if not size:
         return
+    check_file(source)
     if (found := arena_of(source, mapped)) is not None and found[0].file is not None:
         arena, offset = found
         arena.check_file(offset + size)
@@ -197,35 +248,37 @@ class StreamEngine:
     """Copies between page-locked host memory and a CUDA device, on one stream each way.
 
     A copy to the device waits for what the computing stream has been given so far: its memory may have belonged to a
-    value that is still read. What a copy reads and writes is held until its event has passed.
+    value that is still read. What a copy reads and writes is held until its event has passed, or, on the device, until
+    the computing stream waits for it: that stream then orders what happens to the memory, but not what the host does.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._streams = {way: torch.cuda.Stream(device) for way in ("in", "out")}
         self._pending: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._held: list[tuple[torch.cuda.Event, tuple[torch.Tensor, torch.Tensor]]] = []
+        self._held: list[tuple[torch.cuda.Event, tuple[torch.Tensor, ...]]] = []
         self._lock = threading.Lock()
 
     def prefetch(self, home: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
         """As `Engine.prefetch`."""
         arriving = _empty_like(home, device, name)
-        self._begin("in", arriving, home, arriving.device)
+        self._begin("in", arriving, home)
         return arriving
 
     def wait(self, arriving: torch.Tensor) -> None:
         """As `Engine.wait`, on the computing stream."""
-        self._end(arriving, arriving.device)
+        self._end(arriving)
 
     def offload(self, value: torch.Tensor, home: torch.Tensor, name: str) -> None:  # noqa: ARG002 - part of the protocol
         """As `Engine.offload`."""
-        self._begin("out", home, value, value.device)
+        self._begin("out", home, value)
 
     def release(self, home: torch.Tensor) -> None:
         """As `Engine.release`, on the computing stream."""
-        self._end(home, None)
+        self._end(home)
 
-    def _begin(self, way: Way, into: torch.Tensor, source: torch.Tensor, device: torch.device) -> None:
-        computing, stream = torch.cuda.current_stream(device), self._streams[way]
+    def _begin(self, way: Way, into: torch.Tensor, source: torch.Tensor) -> None:
+        computing, stream = torch.cuda.current_stream(self._device), self._streams[way]
         with self._lock:
             stream.wait_stream(computing)
             for tensor in (into, source):
@@ -239,14 +292,16 @@ class StreamEngine:
             self._held = [(e, tensors) for e, tensors in self._held if not e.query()]
             self._held.append((event, (into, source)))
 
-    def _end(self, into: torch.Tensor, device: torch.device | None) -> None:
+    def _end(self, into: torch.Tensor) -> None:
         with self._lock:
             event = self._pending.pop(into, None)
             if event is None:
                 return
-            torch.cuda.current_stream(device).wait_event(event)
-            # From here on the computing stream orders what happens to their memory.
-            self._held = [(e, tensors) for e, tensors in self._held if e is not event]
+            torch.cuda.current_stream(self._device).wait_event(event)
+            self._held = [
+                (e, tuple(t for t in tensors if t.device.type == "cpu") if e is event else tensors)
+                for e, tensors in self._held
+            ]
 
 
 def _empty_like(home: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
@@ -261,17 +316,20 @@ def _empty_like(home: torch.Tensor, device: torch.device, name: str) -> torch.Te
 
 
 @cache
-def engine_of(kind: str, index: int | None) -> Engine:
+def engine_of(kind: str, index: int) -> Engine:
     """The engine of a device, one for the whole process: two on one link would only be in each other's way."""
-    return StreamEngine(torch.device(kind, index or 0)) if kind == "cuda" else ThreadEngine()
-
-
-os.register_at_fork(after_in_child=engine_of.cache_clear)  # a child has no threads but the one that forked
+    if kind == "cuda":
+        return StreamEngine(torch.device(kind, index))
+    if kind == "cpu":
+        return ThreadEngine()
+    raise SwapError(f"weights and features can be swapped on cuda and cpu devices, not on {kind}: leave out swap")
 
 
 def _engine(device: torch.device) -> Engine:
-    unnamed = device.type == "cuda" and str(device) == "cuda"  # whichever is current
-    return engine_of(device.type, torch.cuda.current_device() if unnamed else device.index)
+    if device.type != "cuda":
+        return engine_of(device.type, 0)
+    unnamed = str(device) == "cuda"  # whichever is current
+    return engine_of("cuda", torch.cuda.current_device() if unnamed else device.index)
 
 
 _library = torch.library.Library("lightcache", "FRAGMENT")
@@ -291,8 +349,9 @@ def _wait(arriving: torch.Tensor) -> torch.Tensor:
 
 
 def _offload(value: torch.Tensor, home: torch.Tensor, name: str) -> torch.Tensor:
-    _engine(value.device).offload(value, home, name)
-    return home
+    leaving = _laid_out(home, value)
+    _engine(value.device).offload(value, leaving, name)
+    return leaving
 
 
 def _release(leaving: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -308,14 +367,19 @@ def _first_of(first: torch.Tensor, *_: Any) -> torch.Tensor:
     return first
 
 
-def _second_of(_: torch.Tensor, second: torch.Tensor, *__: Any) -> torch.Tensor:
-    return second
+def _laid_out(home: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A buffer's bytes as a tensor with a value's shape, strides and dtype."""
+    return home.view(value.dtype).as_strided(value.shape, value.stride())
+
+
+def _fake_offload(value: torch.Tensor, home: torch.Tensor, name: str) -> torch.Tensor:  # noqa: ARG001
+    return _laid_out(home, value)
 
 
 for _name, _real, _fake in (
     ("prefetch", _prefetch, _fake_prefetch),
     ("wait", _wait, _first_of),
-    ("offload", _offload, _second_of),
+    ("offload", _offload, _fake_offload),
     ("release", _release, _first_of),
 ):
     _library.impl(_name, _real, "CompositeExplicitAutograd")

@@ -18,6 +18,7 @@ from lightcache_fx.graphs import (
     alias_root,
     calls,
     input_of,
+    is_impure,
     num_bytes,
     output_node,
     outputs,
@@ -112,12 +113,12 @@ def insert_transfers(
     """
     if not plan.moves:
         return PassResult(graph, False)
-    if any(node.target in (PREFETCH, OFFLOAD) for node in graph.nodes):
+    if any(input_of(node).kind in ("copy", "home") for node in placeholders(graph)) or any(
+        node.target is PREFETCH for node in calls(graph)
+    ):
         raise PassError("insert_transfers: this graph has transfers already; apply it to a copy of the program")
     inserter = _Inserter(graph, others)
-    begun = [
-        inserter.begin(stay) for stay in plan.stays
-    ]  # all of them first: no copy is begun behind a wait at its place
+    begun = [*map(inserter.begin, plan.stays)]  # all of them first: no copy is begun behind a wait at its place
     copies = [inserter.read(stay, copy) for stay, copy in zip(plan.stays, begun, strict=True)]
     returned = list(outputs(graph))
     handed = [copy for copy, stay in zip(copies, plan.stays, strict=True) if stay.handed_on]
@@ -151,9 +152,7 @@ class _Inserter:
         elif key in self.others:
             value, name = self.others[key], _identifier(stay.name)
         else:
-            raise PassError(
-                f"insert_transfers: the program has no {stay.kind} {stay.name!r}; was it planned for another?"
-            )
+            raise _unknown(stay.kind, stay.name)
         if stay.prefetch is None:
             return self._input("copy", stay.name, f"{name}_copy", value)
         before = find_kept(self.by_name, stay.prefetch, "insert_transfers")
@@ -170,9 +169,7 @@ class _Inserter:
             return copy
         source = self.inputs.get((stay.kind, stay.name))
         if source is None:
-            raise PassError(
-                f"insert_transfers: the program reads no {stay.kind} {stay.name!r}; was it planned for another?"
-            )
+            raise _unknown(stay.kind, stay.name)
         reads = [find_kept(self.by_name, name, "insert_transfers") for name in stay.reads]
         with self.graph.inserting_before(reads[0]):
             here = self._call(WAIT, (copy,), f"{source.name}_here", reads[0])
@@ -199,7 +196,7 @@ class _Inserter:
         for index, node in enumerate(outputs(self.graph)):
             if isinstance(node, fx.Node) and node.meta.get("lightcache_slot") == name:
                 return index, node
-        raise PassError(f"insert_transfers: the program returns no slot {name!r}; was it planned for another?")
+        raise _unknown("returned slot", name)
 
     def send_away(self, name: str, node: fx.Node, release: str) -> fx.Node:
         """Copy a slot into its buffer behind the node that makes it; returns the buffer, whole."""
@@ -209,7 +206,7 @@ class _Inserter:
         home = self._input("home", name, f"{node.name}_home", bytes_)
         with self.graph.inserting_after(node):
             leaving = self._call(OFFLOAD, (node, home, name), f"{node.name}_leaving", node)
-        with self.graph.inserting_after(leaving if behind is node else behind):
+        with self.graph.inserting_after(behind if behind > node else leaving):  # it may be what a slot is taken out of
             gone = self._call(RELEASE, (leaving, node), f"{node.name}_gone", node)
         leaving.meta["val"] = gone.meta["val"] = node.meta["val"]
         return gone
@@ -218,7 +215,7 @@ class _Inserter:
         """Remove the original views of weights, and homes that nothing is fetched from any more."""
         moved = {node for node in self.inputs.values() if input_of(node).kind in ("weight", "slot")}
         for node in reversed(list(calls(self.graph))):
-            if not node.users and alias_root(node) in moved:
+            if not node.users and not is_impure(node) and alias_root(node) in moved:
                 self.graph.erase_node(node)
         for node in moved:
             if not node.users:
@@ -251,8 +248,8 @@ def _views_between(source: fx.Node, view: fx.Node) -> Iterator[fx.Node]:
     return reversed(chain)
 
 
-def _unknown(stay: LocalStay) -> PassError:
-    return PassError(f"insert_transfers: the program has no {stay.kind} {stay.name!r}; was it planned for another?")
+def _unknown(kind: str, name: str) -> PassError:
+    return PassError(f"insert_transfers: the program has no {kind} {name!r}; was it planned for another?")
 
 
 def _renaming(stand_ins: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 import lightcache_fx as lc
 from graphs import Captured, captured
+from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.graphs import GraphInput, input_of, outputs, placeholders
 from lightcache_fx.liveness import HasWorkspace, Timeline, timeline
 from lightcache_fx.measure import MeasuredPeak, measure_peak
@@ -571,6 +572,44 @@ def test_sizes_that_depend_on_data_count_at_their_upper_bound() -> None:
     predicted = timeline(given.graph_module.graph)
     assert {str(node.target) for node in predicted.assumed} == {"aten.nonzero.default"}
     assert predicted.peak_bytes == pytest.approx(measured(given).peak_bytes, rel=TOLERANCE)
+
+
+# Copies that are handed over ---------------------------------------------------------------------------------------
+
+
+def handed_over(function: Callable[..., Any], *tensors: torch.Tensor) -> tuple[Timeline, MeasuredPeak]:
+    """Prediction and measurement of a program whose last input is a copy that nobody else holds."""
+    given = captured(function, *tensors, normalized=False)
+    graph_module = given.graph_module
+    placeholders(graph_module.graph)[-1].meta["lightcache_input"] = GraphInput("copy", "w", "const")
+    graph_module.graph.set_codegen(BoxedCodeGen())
+    graph_module.recompile()
+    call = lambda: graph_module.forward([*tensors[:-1], tensors[-1].clone()])  # noqa: E731
+    call()
+    return timeline(graph_module.graph), measure_peak(call)
+
+
+@pytest.mark.parametrize(
+    ("function", "peak", "end"),
+    [
+        (lambda x, w: (x + w).sin().cos(), 2 * X, X),
+        (lambda x, w: x.sin().cos() + w, 3 * X, X),  # it is there from the first call on
+        (lambda x, w: (x + w.t().t()).sin().cos(), 2 * X, X),
+        (lambda x, w: (w.sin(), w), 2 * X, 2 * X),  # handed on
+        (lambda x, w: (x.sin().cos(), w), 3 * X, 2 * X),
+    ],
+    ids=["read first", "read last", "by views", "handed on", "only handed on"],
+)
+def test_a_copy_that_is_handed_over_dies_with_its_last_use(function: Callable[..., Any], peak: int, end: int) -> None:
+    predicted, real = handed_over(function, x(), x())
+    assert predicted.peak_bytes == real.peak_bytes == peak
+    assert predicted.steps[-1].after == real.end_bytes == end
+    assert "copy" not in predicted.held_bytes
+
+
+def test_a_copy_that_nobody_reads_lives_to_the_end() -> None:
+    predicted, real = handed_over(lambda x, w: x.sin().cos(), x(), x())
+    assert predicted.peak_bytes == real.peak_bytes == 3 * X
 
 
 # Random graphs: exact ----------------------------------------------------------------------------------------------
