@@ -193,7 +193,7 @@ def with_swaps(
         once = _planned(plan.model, period.prologue, budget, link).residence
         (prologue,) = transfers_of(leaving_after_use(once, period.prologue), period.prologue)
     transfers = transfers_of(found.residence, cycle)
-    tier: Tier = "host" if period.on_cuda else "disk"
+    tier: Tier = swap.to or ("host" if period.on_cuda else "disk")
     whole = cycle.seconds if whole_seconds is None else whole_seconds
     schedule = SwapSchedule(
         period.names, period.weights, transfers, prologue, found, whole, cycle, period.hardware, tier

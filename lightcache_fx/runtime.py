@@ -62,7 +62,7 @@ def homes_of(module: nn.Module, policy: Policy) -> Homes:
     """Where a module's weights are kept while they are away: on disk for one that runs on the CPU, unless told so."""
     on_cpu = all(weight.device.type == "cpu" for weight in (*module.parameters(), *module.buffers()))
     swap = policy.swap or Swap()
-    return Homes(weight_slots(module), swap.to or ("disk" if on_cpu else "host"), swap.folder)
+    return Homes(lambda: weight_slots(module), swap.to or ("disk" if on_cpu else "host"), swap.folder)
 
 
 class _PerThread(threading.local):

@@ -118,15 +118,16 @@ def insert_transfers(
     ):
         raise PassError("insert_transfers: this graph has transfers already; apply it to a copy of the program")
     inserter = _Inserter(graph, others)
-    begun = [*map(inserter.begin, plan.stays)]  # all of them first: no copy is begun behind a wait at its place
-    copies = [inserter.read(stay, copy) for stay, copy in zip(plan.stays, begun, strict=True)]
     returned = list(outputs(graph))
-    handed = [copy for copy, stay in zip(copies, plan.stays, strict=True) if stay.handed_on]
+    kept = []
     for slot in plan.made:
         index, node = inserter.made(slot.name)
         if slot.release is not None:
             returned[index] = inserter.send_away(slot.name, node, slot.release)
-            handed += [node] if slot.handed_on else []
+            kept += [node] if slot.handed_on else []
+    begun = [*map(inserter.begin, plan.stays)]  # all of them first: no copy is begun behind a wait at its place
+    copies = [inserter.read(stay, copy) for stay, copy in zip(plan.stays, begun, strict=True)]
+    handed = [copy for copy, stay in zip(copies, plan.stays, strict=True) if stay.handed_on] + kept
     output_node(graph).args = ((*returned, *handed),)
     inserter.clean_up()
     fetched = sum(stay.prefetch is not None for stay in plan.stays)
@@ -143,12 +144,15 @@ class _Inserter:
         self.by_name = {node.name: node for node in graph.nodes}
         self.inputs = {(input_of(n).kind, input_of(n).name): n for n in placeholders(graph)}
         self.last_input = placeholders(graph)[-1]
+        self.gone: dict[str, fx.Node] = {}
+        """Slots that this program has sent away, from where it may fetch them again."""
 
     def begin(self, stay: LocalStay) -> fx.Node:
         """The copy of one stay, not yet whole."""
         key = stay.kind, stay.name
-        if key in self.inputs:
-            value, name = self.inputs[key].meta["val"], self.inputs[key].name
+        source = self.inputs.get(key) or (self.gone.get(stay.name) if stay.kind == "slot" else None)
+        if source is not None:
+            value, name = source.meta["val"], source.name
         elif key in self.others:
             value, name = self.others[key], _identifier(stay.name)
         else:
@@ -156,8 +160,8 @@ class _Inserter:
         if stay.prefetch is None:
             return self._input("copy", stay.name, f"{name}_copy", value)
         before = find_kept(self.by_name, stay.prefetch, "insert_transfers")
-        source = self.inputs.get(key) or self._input(stay.kind, stay.name, name, value)
-        self.inputs[key] = source
+        if source is None:
+            source = self.inputs[key] = self._input(stay.kind, stay.name, name, value)
         with self.graph.inserting_before(before):
             copy = self._call(PREFETCH, (source, value.device, stay.name), f"{name}_arriving", before)
         copy.meta["val"] = torch.empty_like(value)
@@ -209,6 +213,7 @@ class _Inserter:
         with self.graph.inserting_after(behind if behind > node else leaving):  # it may be what a slot is taken out of
             gone = self._call(RELEASE, (leaving, node), f"{node.name}_gone", node)
         leaving.meta["val"] = gone.meta["val"] = node.meta["val"]
+        self.gone[name] = gone
         return gone
 
     def clean_up(self) -> None:

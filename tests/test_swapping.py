@@ -116,6 +116,40 @@ def test_unmarked_runs() -> None:
             assert torch.equal(swapped(*call), plain(*call))
 
 
+def test_slots_leave_and_come_back() -> None:
+    """A slot that there is no room for beside later blocks is sent away, and fetched again."""
+    model, generator = Tower(num_blocks=8), torch.Generator().manual_seed(0)
+    calls = [(torch.randn(512, 4, generator=generator), torch.tensor(900.0 - 100 * step)) for step in range(8)]
+    condition = torch.randn(1, 3, generator=generator)
+
+    def run(module: nn.Module) -> list[torch.Tensor]:
+        outputs = []
+        with torch.no_grad(), lc.marked_run(len(calls)):
+            for sample, time in calls:
+                outputs.append(module(sample, time, condition))
+                lc.step_done()
+        return outputs
+
+    cache = Cache(cut="blocks.0", interval=INTERVAL)
+    expected, ways = run(lc.transform(model, Policy(cache=cache))), set()
+    asked = Policy(cache=cache, swap=Swap(budget=2**40))
+    floor = swap_of_call(model, asked, (*calls[0], condition)).plan.floor_bytes
+    for budget in (floor, floor + 2**14, floor + 2**16):
+        swapped = lc.transform(model, Policy(cache=cache, swap=Swap(budget=budget)))
+        for _ in range(2):
+            assert_same(run(swapped), expected)
+        full = swap_of(swapped).transfers[0]
+        ways |= {slot.release is not None for slot in full.made}
+        lc.restore(swapped)
+    assert True in ways
+
+
+def swap_of_call(model: nn.Module, asked: Policy, call: tuple[torch.Tensor, ...]) -> SwapSchedule:
+    swap = lc.plan(model, call, policy=asked, hardware=HARDWARE).swap
+    assert swap is not None
+    return swap
+
+
 def _zoo_runs_equal(name: str, budgets: Sequence[str]) -> None:
     model, make_inputs = ZOO[name].build(torch.float32)
     cache = Cache(cut=list(ZOO[name].cuts), interval=2)
