@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import operator
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +25,7 @@ from lightcache_fx.liveness import HasWorkspace, Timeline, timeline
 from lightcache_fx.measure import MeasuredPeak, measure_peak
 from lightcache_fx.module import runtime_of
 from lightcache_fx.module_state import weight_slots
+from lightcache_fx.workspaces import OnednnIsa, onednn_isa
 from zoo import ZOO, Draw
 
 F32 = 4
@@ -361,17 +365,56 @@ def test_workspaces_of_a_transposed_convolution(dtype: torch.dtype) -> None:
     assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_workspaces_of_convolutions(name: str, dtype: torch.dtype) -> None:
-    """Plain layouts; oneDNN's choices and blocked layouts are those of a CPU with AVX2."""
+    """Plain layouts; exact but for oneDNN's scratchpads with AMX, which are estimated."""
     shape, kernel, settings = CONVOLUTIONS[name]
     convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[len(shape)]
     weight, bias = x(*kernel).to(dtype), x(kernel[0]).to(dtype)
     predicted, real = both(lambda x: convolve(x, weight, bias, **settings), x(*shape).to(dtype))
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if dtype != torch.bfloat16 or onednn_isa() < OnednnIsa.AMX:
         assert predicted.peak_bytes == real.peak_bytes
     assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "float16", "tiles", "expected"),
+    [
+        (False, False, False, OnednnIsa.AVX2),
+        (False, False, True, OnednnIsa.AVX2),  # oneDNN limited by ONEDNN_MAX_CPU_ISA
+        (True, False, False, OnednnIsa.AVX512),
+        (True, False, True, OnednnIsa.AVX512),  # limited, too
+        (True, True, False, OnednnIsa.AVX512_FP16),
+        (True, True, True, OnednnIsa.AMX),
+    ],
+)
+def test_kernels_are_those_of_this_cpu(
+    bfloat16: bool, float16: bool, tiles: bool, expected: OnednnIsa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: float16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert onednn_isa() == expected
+    assert onednn_isa().channel_block == (8 if expected == OnednnIsa.AVX2 else 16)
+
+
+@pytest.mark.slow  # starts another interpreter and repeats the tests above
+@pytest.mark.parametrize(
+    ("isa", "chosen"),
+    [
+        ("AVX2", "workspaces_of"),
+        ("AVX512_CORE_BF16", "workspaces_of and not strided_matrix"),  # whose scratchpad counts as nothing there
+    ],
+)
+def test_workspaces_on_a_lesser_cpu(isa: str, chosen: str) -> None:
+    """oneDNN can be kept from using what this CPU has; where it has no more anyway, this repeats the tests above."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", chosen, __file__]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 # Programs: within 5 % ----------------------------------------------------------------------------------------------

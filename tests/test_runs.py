@@ -269,11 +269,12 @@ def test_scheduler_loops(name: str, passes: int) -> None:
     model = watched()
     conditionings = [prompt(seed) for seed in range(passes)]
     for _ in range(2):
-        for kinds in _loop(model, SCHEDULERS[name](), 8, conditionings):
+        scheduler = SCHEDULERS[name]()
+        for kinds in _loop(model, scheduler, 8, conditionings):
             expected = ["full" if step % 3 == 0 else "reuse" for step in range(len(kinds))]
-            if (
-                name == "KDPM2Ancestral"
-            ):  # only its last timestep, 0, comes twice: that might be anything, so it is full
+            if name == "KDPM2Ancestral" and scheduler.timesteps[-1] == scheduler.timesteps[-2]:
+                # Rounded to 0, the last timestep alone comes twice: that might be anything, so it is full. Where the
+                # CPU rounds otherwise, it comes after one of 1e-6, as any other does.
                 expected[-1] = "full"
             assert kinds == expected
 
