@@ -188,10 +188,11 @@ def peak_process_bytes() -> int:
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Give every parameter a random value: what diffusers initialises to zero would hide its branch."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next((parameter.device for parameter in model.parameters()), CPU)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device=device)
             if parameter.ndim > 1:
                 parameter.copy_(noise / math.sqrt(parameter[0].numel()))
             else:
