@@ -46,7 +46,8 @@ from benchmarks.common import (
 )
 from lightcache_fx.module import runtime_of
 from lightcache_fx.module_state import ModuleState
-from lightcache_fx.plan import Plan
+from lightcache_fx.program import BoundProgram
+from lightcache_fx.stores import Stores
 from lightcache_fx.units import format_bytes
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -341,7 +342,7 @@ def time_overhead(ours: nn.Module, video: Video, repeats: int = 30) -> dict[str,
     lc.reset(ours)
     try:
         for name, program in real.items():
-            compiled.bound[name] = _NoWork(program, compiled.plan, video.device)  # type: ignore[assignment]
+            compiled.bound[name] = _NoWork(program, video.device)  # type: ignore[assignment]
         whole = microseconds_of(lambda: ours(sample, next(times), **kwargs), repeats, video.device)
     finally:
         compiled.bound.update(real)
@@ -350,18 +351,20 @@ def time_overhead(ours: nn.Module, video: Video, repeats: int = 30) -> dict[str,
 
 
 class _NoWork:
-    """Stands in for a bound program: looks up the weights, computes nothing."""
+    """Stands in for a bound program that copies nothing: looks up the weights, computes nothing."""
 
-    def __init__(self, program: Any, plan: Plan, device: torch.device) -> None:
+    def __init__(self, program: BoundProgram, device: torch.device) -> None:
         self.weights = program.weights
         self.user_inputs = program.user_inputs
-        state = {"full": len(plan.cut.slots) if plan.cut else 0, "prologue": len(plan.hoist.values)}
-        nothing = torch.empty(0, device=device)
-        self._results = [nothing] * program.program.num_outputs, [nothing] * state.get(program.program.name, 0)
+        self.slots_read = program.slots_read
+        self._program = program.program
+        self._nothing = torch.empty(0, device=device)
 
-    def __call__(self, *_: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def __call__(self, _: object, stores: Stores) -> list[torch.Tensor]:
         self.weights()
-        return self._results
+        for kind, name in self._program.state:
+            (stores.slots if kind == "slot" else stores.hoisted)[name] = self._nothing
+        return [self._nothing] * self._program.num_outputs
 
 
 def goals_of(steps: StepTimes, loops: LoopTimes, *, flop_ratio: float, bound: float) -> dict[str, Goal]:

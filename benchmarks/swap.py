@@ -89,11 +89,14 @@ class Ways:
 
     def run(self, module: nn.Module) -> torch.Tensor:
         """One generation of noise prediction; returns the last step's."""
+        found: torch.Tensor | None = None
         with torch.no_grad(), lc.marked_run(self.steps):
             for step in range(self.steps):
+                found = None  # or the last step's would count as memory of this one
                 timestep = torch.tensor([999.0 - 20 * step])
-                found: torch.Tensor = module(**self.inputs | {"timestep": timestep})[0]
+                found = module(**self.inputs | {"timestep": timestep})[0]
                 lc.step_done()
+        assert found is not None
         return found
 
     def measure(self, way: str) -> float:

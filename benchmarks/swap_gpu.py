@@ -325,6 +325,7 @@ class Run:
         seconds: of each measured generation.
         peak: the most bytes on the device in any of them.
         digests: of their results.
+        captures: how often a model was captured in them, which their time then includes.
     """
 
     def __init__(self, pipeline: Pipeline, way: Way, place: Place) -> None:
@@ -332,6 +333,7 @@ class Run:
         self.seconds: list[float] = []
         self.peak = 0
         self.digests: set[str] = set()
+        self.captures = 0
         self.shown = 0.0
         self.calls: dict[int, int] = {}
         pipe = pipeline.build(place)
@@ -352,12 +354,12 @@ class Run:
         """Seconds of one more generation, its result and its peak noted."""
         found: list[torch.Tensor] = []
         peaks: list[int] = []
-        before = {id(runtime): runtime.counts.total() - runtime.counts["prologue"] for _, _, runtime in self.runtimes()}
+        runtimes = [runtime for _, _, runtime in self.runtimes()]
+        before, captured = [calls_of(runtime) for runtime in runtimes], captures_of(runtimes)
         with device_peak(self.place.kind, peaks):
             self.seconds.append(seconds_of(lambda: found.append(self._generate()), self.place.kind))
-        for _, _, runtime in self.runtimes():
-            count = runtime.counts.total() - runtime.counts["prologue"]
-            self.calls[id(runtime)] = count - before[id(runtime)]
+        self.captures += len(captures_of(runtimes) - captured)
+        self.calls = {id(r): calls_of(r) - earlier for r, earlier in zip(runtimes, before, strict=True)}
         if not peaks and not self.peak:  # a CPU, where measuring takes time and nothing differs from round to round
             peaks.append(measure_peak(self._generate).peak_bytes + self._weights_here())
         self.peak = max(self.peak, *peaks) if peaks else self.peak
@@ -417,6 +419,16 @@ class Run:
             torch.cuda.empty_cache()
 
 
+def calls_of(runtime: Runtime) -> int:
+    """How often its module was called."""
+    return runtime.counts.total() - runtime.counts["prologue"]
+
+
+def captures_of(runtimes: Sequence[Runtime]) -> set[int]:
+    """The captures there are, by identity."""
+    return {id(compiled) for runtime in runtimes for compiled in runtime.compiled.values()}
+
+
 @dataclass
 class Session:
     """All ways of one pipeline, each in turns with its baseline."""
@@ -472,6 +484,7 @@ def result_of(run: Run, baseline: Run | None, first: int) -> dict[str, Any]:
         "peak_bytes": run.peak,
         "between_black_and_white": run.shown,
         "repeats": len(run.digests) == 1,
+        "captures": run.captures,
     }
     overhead = None
     if baseline is not None:
@@ -523,6 +536,7 @@ def rows_of(pipelines: Mapping[str, Any]) -> list[list[str]]:
             missed = [goal for goal, facts in way.get("goals", {}).items() if not facts["met"]]
             missed += ["bits"] if way.get("equal") is False and predicted else []
             verdict = ("not met: " + ", ".join(missed) if missed else "met") if predicted else ""
+            verdict = f"captured {way['captures']} times meanwhile" if way["captures"] else verdict
             rows.append(
                 [
                     pipeline["title"],

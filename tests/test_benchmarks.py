@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import lightcache_fx as lc
-from benchmarks import denoise, memory, plans
+from benchmarks import denoise, memory, plans, swap, swap_gpu, swap_plans
 from benchmarks.common import (
     Goal,
     Spread,
@@ -29,6 +29,7 @@ from benchmarks.common import (
     tensor_bytes,
     write_json,
 )
+from swap_cases import workload
 
 TINY = denoise.Setting(
     channels=(32, 32),
@@ -240,6 +241,8 @@ def test_make_bench_gpu_asks_for_what_there_is(gpus):
     expected = replace(denoise.Setting(), device="cuda", dtype="float16").full_size()
     assert denoise.read_options(arguments).setting == expected
     assert "plans.json" not in recipe
+    assert "benchmarks.swap_gpu\n" in recipe
+    assert swap_gpu.read_options(["--rounds", "1"]).place == swap_gpu.Place("cuda", "float16", small=False)
 
 
 def test_model_and_inputs_are_on_the_device_in_the_dtype(monkeypatch):
@@ -483,3 +486,131 @@ def test_memory_at_full_size_is_refused_on_a_cpu(capsys):
     with pytest.raises(SystemExit):
         memory.main(["--full-size"])
     assert "argument --full-size: expected --device cuda or cuda:N with it, got cpu" in capsys.readouterr().err
+
+
+def test_swapping_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    sizes = {"--blocks": "2", "--width": "128", "--steps": "2", "--rounds": "1", "--share": "60%"}
+    swap.main([text for pair in (*sizes.items(), ("--out", str(tmp_path / "swap.json"))) for text in pair])
+    result = json.loads((tmp_path / "swap.json").read_text())
+    assert result["equal"]
+    assert result["within_budget"]
+    assert result["on_device"] <= result["budget"] < result["weights"] + 2**20
+    assert result["files_left"] == []
+    assert result["copied_bytes"] > 0
+    assert set(result["seconds"]) == set(swap.WAYS)
+    assert "| same bits as resident | True |" in (tmp_path / "swap.md").read_text()
+
+
+def test_without_reuse_awareness_each_step_reads_every_weight():
+    full = """
+        a 1 0 w1 -
+        b 1 0 w2 s1"""
+    reuse = """
+        c 1 0 s1 -
+        d 1 0 w1 -"""
+    both = workload(full, reuse, sizes={"w1": 4, "w2": 4, "s1": 1})
+    plain = swap_plans.without_reuse_awareness(both)
+    for step in plain.steps:
+        assert {name for op in step.ops for name in op.reads} >= {"w1", "w2"}
+    assert plain.steps[0] == both.steps[0]
+    assert [op.name for op in plain.steps[1].ops] == ["c", "skipped w2", "d"]
+    assert sum(op.seconds for op in plain.ops) == sum(op.seconds for op in both.ops)
+    assert (plain.movables, plain.cyclic) == (both.movables, both.cyclic)
+
+
+def test_swap_plans_are_rows_whether_they_fit_or_not():
+    fitting = {
+        "title": "a model", "budget": 2**30, "goal": 0.05, "fits": True, "met": True, "slowdown": 0.012,
+        "weights": {"denoise": 3 * 2**30}, "peak_bytes": 2**30, "seconds": 7.4,
+        "compared": {"planned": 0.0, "no wrap-around": 0.01, "no reuse awareness": 0.1, "neither": 0.2},
+    }  # fmt: skip
+    row, other = swap_plans.rows_of(
+        {"a": fitting, "b": fitting | {"fits": False, "met": False, "slowdown": None, "goal": None}}
+    )
+    expected = ["1.00 GiB", "3.00 GiB", "1.00 GiB", "1.20%", "5%", "met", "0.00%", "1.00%", "10.00%", "20.00%", "7 s"]
+    assert row == ["a model", *expected]
+    assert other[4:11] == ["does not fit", "", "", "", "", "", ""]
+    assert len(row) == len(other) == len(swap_plans.COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def swapped_pipelines(tmp_path_factory):
+    """The whole script on one small pipeline: swapped and resident, and offloading that a CPU refuses."""
+    case = swap_gpu.SMALL["animatediff"]
+    alone = {**case.arguments, "num_frames": 2, "num_inference_steps": 2}  # one group of frames
+    out = tmp_path_factory.mktemp("results") / "swap_gpu.json"
+    ways = ["--way", "swapped", "--way", "group-offload"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(swap_gpu.SMALL, "animatediff", replace(case, arguments=alone))
+        swap_gpu.main(
+            ["--device", "cpu", "--small", "--only", "animatediff", *ways, "--rounds", "1", "--out", str(out)]
+        )
+    return json.loads(out.read_text()), out.with_suffix(".md").read_text()
+
+
+def test_a_swapped_pipeline_beside_a_resident_one(swapped_pipelines):
+    result, page = swapped_pipelines
+    ways = result["pipelines"]["animatediff"]["ways"]
+    swapped, resident = ways["swapped, 1MiB"], ways["resident"]
+    assert list(ways) == ["plain", "resident", "swapped, 1MiB", "group-offload"]
+    assert swapped["equal"]
+    assert swapped["repeats"]
+    assert swapped["captures"] == 0
+    assert swapped["between_black_and_white"] > 0
+    assert swapped["peak_bytes"] < resident["peak_bytes"]
+    assert swapped["goals"]["peak"]["goal"] == "at most 1.049e+06"
+    assert swapped["predicted"]["peak_bytes"] <= swapped["budget"] == 2**20
+    assert set(swapped["predicted_seconds"]) == {"vae.decode", "text_encoder.forward", "unet.forward"}
+    assert (resident["seconds"]["count"], swapped["over_baseline"]["count"]) == (2, 1)
+    assert page.count("\n| ") == len(ways)
+
+
+def test_a_way_that_fails_is_reported_and_the_others_go_on(swapped_pipelines):
+    result, page = swapped_pipelines
+    failed = result["pipelines"]["animatediff"]["ways"]["group-offload"]
+    assert failed["error"].startswith("ValueError: Using streams for data transfer requires")
+    assert "| group-offload | failed |" in page
+    assert "* a small AnimateDiff, 3 x 16 x 16, 4 steps, interval 2: group-offload: ValueError: Using" in page
+
+
+@pytest.mark.parametrize(
+    ("predicted", "overhead", "peak", "met"),
+    [
+        (0.03, 0.05, 100, {"peak": True, "overhead": True}),
+        (0.01, 0.06, 101, {"peak": False, "overhead": False}),
+        (0.04, 0.50, 100, {"peak": True}),
+        (math.nan, 0.50, 100, {"peak": True}),
+        (0.00, None, 100, {"peak": True}),
+    ],
+)
+def test_swapping_is_judged_where_the_plan_says_that_it_is_free(predicted, overhead, peak, met):
+    assert {goal.name: goal.met for goal in swap_gpu.goals_of(predicted, overhead, peak, 100)} == met
+
+
+def test_ways_come_behind_their_baselines():
+    case = swap_gpu.PIPELINES["svd-xt"]
+    every = [way.name for way in swap_gpu.ways_of(case, list(swap_gpu.KINDS), ())]
+    assert every[:5] == ["plain", "resident", "swapped, 8GiB", "swapped, 6GiB", "swapped, 4GiB"]
+    assert len(every) == 9
+    assert [way.name for way in swap_gpu.ways_of(case, ["swapped"], ["5GiB"])] == ["resident", "swapped, 5GiB"]
+    assert [way.name for way in swap_gpu.ways_of(case, ["model-offload"], ())] == ["plain", "model-offload"]
+
+
+def test_messages_are_one_line_without_folders():
+    error = OSError("\nno room in /some/folder/file.bin; and/or more\nelsewhere")
+    assert swap_gpu.explained(error) == "OSError: no room in file.bin; and/or more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "argument --device: expected --small with cpu"),
+        (["--device", "cpu", "--small", "--budget", "much"], "argument --budget: "),
+        (["--device", "cpu", "--small", "--rounds", "0"], "argument --rounds: expected at least 1"),
+    ],
+)
+def test_what_swap_gpu_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        swap_gpu.main(arguments)
+    assert message in capsys.readouterr().err
