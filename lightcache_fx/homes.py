@@ -27,19 +27,29 @@ WeightTable = Mapping[str, tuple[dict[str, Any], str]]
 """Where each weight is looked up, by its full name: `module_state.weight_slots`."""
 
 
+_CPU = torch.device("cpu")
+
+
 class Homes:
     """The arenas of one module. Weights that `map_weights` bound to the user's files are at home as they are.
 
     Args:
         weights: of the module; a function where the module may be given other ones (adapters).
+        device: where the module runs.
         tier: page-locked host memory, or a memory-mapped file.
         folder: where files are made; None for the system's folder for temporary files.
     """
 
     def __init__(
-        self, weights: WeightTable | Callable[[], WeightTable], tier: Tier, folder: str | Path | None = None
+        self,
+        weights: WeightTable | Callable[[], WeightTable],
+        tier: Tier,
+        folder: str | Path | None = None,
+        *,
+        device: torch.device = _CPU,
     ) -> None:
         self.tier = tier
+        self.device = device
         self.folder = Path(folder) if folder is not None else Path(tempfile.gettempdir())
         self._weights = weights
         self._arenas: list[Arena] = []
@@ -69,6 +79,7 @@ class Homes:
             self._arenas.append(arena)
             for group, span, block in zip(groups, spans, blocks, strict=True):
                 span.bind(group, block)
+            self._drop_empty_arenas()  # weights that were rebound by others (`.to(dtype)`) have left theirs
             return sum(span.num_bytes for span in spans)
 
     def recall(self, device: torch.device) -> None:
@@ -83,7 +94,7 @@ class Homes:
             weights = [weight for weight in self._all() if self.is_home(weight) and not _is_there(weight, device)]
             for group in _by_storage(weights, weights):
                 _bring_back(group, device)
-            self._arenas = [arena for arena in self._arenas if arena.free_bytes < arena.num_bytes]
+            self._drop_empty_arenas()
 
     @contextmanager
     def all_present(self, device: torch.device) -> Iterator[None]:
@@ -101,6 +112,10 @@ class Homes:
                 yield
             finally:
                 _bind(weights, homes)
+
+    def device_of(self, weight: torch.Tensor) -> torch.device:
+        """Where a weight is used: of one that is at home, the module's device."""
+        return self.device if self.is_home(weight) else weight.device
 
     def is_home(self, weight: torch.Tensor) -> bool:
         """Whether a weight is bound to its copy at home; one without elements has nothing that could be elsewhere."""
@@ -124,6 +139,9 @@ class Homes:
     def num_bytes(self) -> int:
         """Bytes of all arenas."""
         return sum(arena.num_bytes for arena in self._arenas)
+
+    def _drop_empty_arenas(self) -> None:
+        self._arenas = [arena for arena in self._arenas if arena.free_bytes < arena.num_bytes]
 
     def _options(self) -> dict[str, Any]:
         if self.tier == "disk":

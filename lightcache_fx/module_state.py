@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,16 +47,24 @@ class ModuleState:
     _values: list[Any] = field(repr=False)
 
     @classmethod
-    def take(cls, module: nn.Module) -> ModuleState:
-        """Walk the module tree, its attributes, and the plain objects and containers that these hold."""
+    def take(
+        cls, module: nn.Module, device_of: Callable[[torch.Tensor], torch.device] = operator.attrgetter("device")
+    ) -> ModuleState:
+        """Walk the module tree, its attributes, and the plain objects and containers that these hold.
+
+        Args:
+            module: the root.
+            device_of: where a weight counts as being: one that is kept elsewhere for a while, as where it is used.
+        """
         walk = _Walk()
         walk.module("", module)
         dicts = [c for c in walk.containers if c and isinstance(c, dict)]
         owners = [d for d in dicts for key in d if key not in _BOOKKEEPING]
         keys = [key for d in dicts for key in d if key not in _BOOKKEEPING]
         types_ = list(map(_weight_type, walk.weights))
+        counted = [(weight.dtype, device_of(weight), weight.shape) for weight in walk.weights]
         return cls(
-            key=_Key((tuple(walk.key), tuple(types_), _sharing(walk.weights))),
+            key=_Key((tuple(walk.key), tuple(counted), _sharing(walk.weights))),
             _contents=[(c, c.copy()) for c in walk.containers if c],
             _empty=[c for c in walk.containers if not c],
             _weights=walk.weights,

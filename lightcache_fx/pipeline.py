@@ -16,7 +16,7 @@ from torch import nn
 
 from lightcache_fx.calls import default_rate
 from lightcache_fx.errors import ArgumentError, TransformError, nearest
-from lightcache_fx.module import is_autoencoder, restore_module, transform_component
+from lightcache_fx.module import TransformedModule, is_autoencoder, restore_module, runtime_of, transform_component
 from lightcache_fx.policy import Policy
 from lightcache_fx.runs import current_run, marked_run, step_done
 from lightcache_fx.runtime import Ledger
@@ -102,9 +102,11 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
 
 
 def restore_pipeline(pipe: P) -> P:
-    """The very pipeline that was given to `transform_pipeline`."""
+    """The very pipeline that was given to `transform_pipeline`, its weights on the device that they were on."""
     if not isinstance(pipe, TransformedPipeline):
         raise TransformError(f"restore: this {type(pipe).__name__} is not transformed")
+    for module in _transformed_modules(pipe):
+        runtime_of(module).recall()
     return pipe._lightcache.original  # type: ignore[no-any-return]
 
 
@@ -157,7 +159,23 @@ def _pipeline_mixin(cls: type) -> type:
         with marked_run():
             return original_call(self, *args, **kwargs)
 
-    return type("TransformedPipeline", (TransformedPipeline,), {"__slots__": (), "__call__": __call__})
+    namespace: dict[str, Any] = {"__slots__": (), "__call__": __call__}
+    for name in ("device", "_execution_device"):
+        original = inspect.getattr_static(cls, name, None)
+        if isinstance(original, property):
+            namespace[name] = property(functools.partial(_device_of, original=original))
+    return type("TransformedPipeline", (TransformedPipeline,), namespace)
+
+
+def _transformed_modules(pipe: Any) -> list[TransformedModule]:
+    found = (getattr(pipe, name) for name in pipe._lightcache.components)
+    return [module for module in found if isinstance(module, TransformedModule)]
+
+
+def _device_of(pipe: Any, original: property) -> Any:
+    """A device that the original tells by its weights, which may be kept elsewhere: of what swaps, where it runs."""
+    swapping = (runtime_of(module) for module in _transformed_modules(pipe))
+    return next((run.homes.device for run in swapping if run.policy.is_about_memory()), None) or original.fget(pipe)  # type: ignore[misc]
 
 
 def _mark_scheduler(pipe: Any) -> None:

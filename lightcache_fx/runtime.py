@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lightcache_fx.arena import is_dense
 from lightcache_fx.budgets import with_memory
 from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
-from lightcache_fx.homes import Homes
+from lightcache_fx.homes import Homes, Tier
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.outputs import register_distributions
 from lightcache_fx.plan import Plan, make_plan
@@ -24,6 +25,7 @@ from lightcache_fx.policy import Policy, Swap
 from lightcache_fx.program import BoundProgram, Program, build_programs
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
 from lightcache_fx.stores import version_of
+from lightcache_fx.swapping import SMALLEST
 from lightcache_fx.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -61,8 +63,9 @@ class Ledger(threading.local):
 def homes_of(module: nn.Module, policy: Policy) -> Homes:
     """Where a module's weights are kept while they are away: on disk for one that runs on the CPU, unless told so."""
     on_cpu = all(weight.device.type == "cpu" for weight in (*module.parameters(), *module.buffers()))
-    swap = policy.swap or Swap()
-    return Homes(lambda: weight_slots(module), swap.to or ("disk" if on_cpu else "host"), swap.folder)
+    swap, device = policy.swap or Swap(), next((w.device for w in module.parameters()), torch.device("cpu"))
+    tier: Tier = swap.to or ("disk" if on_cpu else "host")
+    return Homes(lambda: weight_slots(module), tier, swap.folder, device=device)
 
 
 class _PerThread(threading.local):
@@ -106,9 +109,8 @@ class Runtime:
         self.homes = homes or homes_of(module, policy)
         self._ledger = ledger or Ledger()
         self._may_stay_eager = may_stay_eager
-        self._device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
         self._uncaptured: str | None = None
-        self._state = ModuleState.take(module)
+        self._state = ModuleState.take(module, self.homes.device_of)
         self._lock = threading.RLock()
         self._local = _PerThread()
 
@@ -151,14 +153,14 @@ class Runtime:
                 needed,
             )
         self._ledger.enter(self.tracker)
-        with self.homes.all_present(self._device):
+        with self.homes.all_present(self.homes.device):
             return method_of(self.module, self.reader.method)(self.module, *args, **kwargs)
 
     def compile(self, call: Call) -> Compiled:
         """The programs for a call's signature, captured and built when it is new."""
         with self._lock:
             if not self._state.unchanged():
-                self._state = ModuleState.take(self.module)
+                self._state = ModuleState.take(self.module, self.homes.device_of)
             key = (call.layout, self._state.key)
             found = self.compiled.get(key)
             if found is None:
@@ -174,8 +176,8 @@ class Runtime:
             return found
 
     def _build(self, call: Call) -> Compiled:
-        if self._device.type != "cpu":
-            self.homes.recall(self._device)  # to be run as it is, beside the capture
+        if self.homes.device.type != "cpu":
+            self.homes.recall(self.homes.device)  # to be run as it is, beside the capture
         captured = capture(self.module, call, mark=self.marked)
         turns = self._ledger.is_shared
         plan = with_memory(captured, make_plan(captured, self.policy, self.module), takes_turns=turns)
@@ -193,12 +195,14 @@ class Runtime:
         }
         return Compiled(captured, plan, programs, bound, self._state)
 
-    def _bring_home(self, layout: CallLayout, compiled: Compiled, weights: frozenset[str]) -> None:
-        """Move weights to where they are kept; that these are on another device then is no change of the module."""
-        with self._lock:
-            if self.homes.adopt(weights):
-                self._state = ModuleState.take(self.module)
-                self.compiled[layout, self._state.key] = compiled
+    def _bring_home(self, planned: frozenset[str]) -> None:
+        """Move weights to where they are kept; where models take turns, large ones that no program reads as well."""
+        weights = set(planned)
+        if self._ledger.is_shared:
+            read = {i.name for c in self.compiled.values() for p in c.programs.values() for i in p.inputs}
+            large = (n for n, w in self.module.named_parameters() if w.nbytes >= SMALLEST and is_dense(w))
+            weights |= {name for name in large if name not in read}
+        self.homes.adopt(weights)
 
     def _locate(self, call: Call, compiled: Compiled) -> Position:
         group = (compiled, current_branch())
@@ -221,7 +225,7 @@ class Runtime:
         branch = position.branch
         num_steps = run.num_steps if (run := current_run()) is not None else None
         if compiled.plan.swap is not None and position.begins_run:
-            self._bring_home(call.layout, compiled, compiled.plan.swap.weights)
+            self._bring_home(compiled.plan.swap.weights)
         branch.stores.weight_copies = self.tracker.weight_copies
         branch.stores.buffer = self.homes.buffer
         if "prologue" in compiled.bound:
@@ -267,7 +271,7 @@ class Runtime:
     def recall(self) -> None:
         """Bring every weight that is kept elsewhere back to the device, and forget the copies there."""
         self.tracker.reset()
-        self.homes.recall(self._device)
+        self.homes.recall(self.homes.device)
 
     def kept_bytes(self) -> int:
         """Bytes of the slots that the calling thread holds now."""

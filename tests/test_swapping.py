@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import lightcache_fx as lc
-from lightcache_fx import transfers
+from lightcache_fx import module_state, runtime, transfers
+from lightcache_fx.capture import capture
 from lightcache_fx.costs import CPU
 from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, SwapError
 from lightcache_fx.hardware import Hardware
@@ -22,6 +23,7 @@ from lightcache_fx.schedule import Schedule
 from lightcache_fx.swapping import SwapSchedule
 from lightcache_fx.transfers import ThreadEngine, copy_bytes, engine_of, recorded_copies
 from lightcache_fx.workload import Link
+from pipelines import PIPELINES, SMALL
 from toys import Tower, latent, prompt
 from zoo import ZOO, run_inputs
 
@@ -318,6 +320,52 @@ def test_the_original_works_while_its_weights_are_away() -> None:
     assert torch.equal(model(*call), expected)
 
 
+def test_weights_that_go_home_are_no_change_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where home is another device, as on CUDA, their device changes; nothing is captured again for that."""
+    swapped = lc.transform(Tower(), policy("60%"))
+    homes, captures = swapped._lightcache.runtime.homes, []
+    elsewhere = {True: "home", False: "device"}
+    monkeypatch.setattr(
+        module_state, "_weight_type", lambda weight: (weight.dtype, elsewhere[homes.is_home(weight)], weight.shape)
+    )
+    monkeypatch.setattr(runtime, "capture", lambda *args, **kwargs: captures.append(1) or capture(*args, **kwargs))
+    for batch in (2, 4, 2, 4):
+        with torch.no_grad():
+            swapped(latent(0, batch), torch.tensor(900.0), prompt(0, batch))
+    assert len(captures) == 2
+    assert homes.is_home(swapped.blocks[0][0].weight)
+
+
+def test_arenas_go_with_the_weights_in_them() -> None:
+    """Casts bind weights elsewhere; what they leave is given back."""
+    model = Tower()
+    swapped = lc.transform(model, policy("60%"))
+    sizes = []
+    for dtype in (torch.float32, torch.float64, torch.float32, torch.float64, torch.float32):
+        swapped.to(dtype)
+        with torch.no_grad():
+            swapped(latent(0).to(dtype), torch.tensor(900.0), prompt(0).to(dtype))
+        sizes.append(swapped._lightcache.runtime.homes.num_bytes)
+    assert sizes[0] == sizes[2] == sizes[4]
+
+
+def test_a_pipeline_with_everything_swapped() -> None:
+    """The same frames; restored, every weight is on the device again."""
+    case = PIPELINES["svd"]
+    pipe = case.build()
+    asked = Policy.deepcache(2, 0)
+    expected = case.generate(lc.transform_pipeline(pipe, asked), 0, SMALL)
+    swapping = lc.transform_pipeline(pipe, asked.model_copy(update={"swap": Swap(budget="80%")}))
+    assert set(swapping._lightcache.components) == {"unet", "vae", "image_encoder"}
+    for _ in range(2):
+        assert torch.equal(case.generate(swapping, 0, SMALL), expected)
+    homes = {name: getattr(swapping, name)._lightcache.runtime.homes for name in swapping._lightcache.components}
+    assert all(any(map(home.is_home, getattr(pipe, name).parameters())) for name, home in homes.items())
+    assert swapping.device == pipe.unet.device
+    assert lc.restore(swapping) is pipe
+    assert not any(any(map(home.is_home, getattr(pipe, name).parameters())) for name, home in homes.items())
+
+
 # What goes wrong ---------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +434,7 @@ def test_a_budget_below_the_floor() -> None:
 def test_no_room_for_a_swap_file(tmp_path: Any) -> None:
     model = Tower()
     asked = Policy(swap=Swap(budget="50%", folder=str(tmp_path / "missing")))
-    with pytest.raises(SwapError, match=r"cannot make a swap file of .*no such folder.*Swap\(folder=\.\.\.\)"):
+    with pytest.raises(SwapError, match=r"cannot make a swap file of .*no folder .*Swap\(folder=\.\.\.\)"):
         generate(lc.transform(model, asked))
     assert_same(generate(lc.transform(model, Policy())), generate(lc.transform(Tower(), Policy())))
 
