@@ -25,7 +25,7 @@ from lightcache_fx.liveness import HasWorkspace, Timeline, timeline
 from lightcache_fx.measure import MeasuredPeak, measure_peak
 from lightcache_fx.module import runtime_of
 from lightcache_fx.module_state import weight_slots
-from lightcache_fx.workspaces import OnednnIsa, onednn_isa
+from lightcache_fx.onednn import OnednnIsa, onednn_isa
 from zoo import ZOO, Draw
 
 F32 = 4
