@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightcache_fx.arena import ALIGNMENT, Arena, arena_for, arena_of, is_dense, span_of
+from lightcache_fx.arena import ALIGNMENT, Arena, arena_for, arena_of, arenas, is_dense, span_of
 from lightcache_fx.errors import SwapError
 from lightcache_fx.mapped import is_mapped
 from lightcache_fx.transfers import PREFETCH, WAIT, copy_bytes
@@ -118,8 +118,11 @@ class Homes:
         return self.device if self.is_home(weight) else weight.device
 
     def is_home(self, weight: torch.Tensor) -> bool:
-        """Whether a weight is bound to its copy at home; one without elements has nothing that could be elsewhere."""
-        return not weight.numel() or is_mapped(weight) or arena_of(weight, self._arenas) is not None
+        """Whether a weight is bound to its copy at home, be it in an arena that another drop-in of the module made.
+
+        One without elements has nothing that could be elsewhere.
+        """
+        return not weight.numel() or is_mapped(weight) or arena_of(weight, arenas()) is not None
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
         """A buffer for a slot, uint8[num_bytes]; its room is free again when nobody holds it any more.

@@ -250,6 +250,25 @@ def test_two_models_have_the_device_in_turns() -> None:
 CONDITION = prompt(0)
 
 
+def test_two_drop_ins_of_one_model_share_its_arena() -> None:
+    """Called in turns, step by step, within other budgets; the weights are moved home once."""
+    model = Tower()
+    first, second = lc.transform(model, policy("40%")), lc.transform(model, policy("70%", interval=2))
+    expected = [generate(lc.transform(Tower(), unswapped(asked))) for asked in (policy(), policy(interval=2))]
+    generate(first)
+    addresses = {name: weight.data_ptr() for name, weight in model.named_parameters() if weight.nbytes > 2**13}
+    found: list[list[torch.Tensor]] = [[], []]
+    for _ in range(2):
+        found = [[], []]
+        with torch.no_grad():
+            for step in range(NUM_STEPS):
+                for outputs, module in zip(found, (first, second), strict=True):
+                    outputs.append(module(latent(step), torch.tensor(900.0 - 100 * step), CONDITION))
+        for outputs, wanted in zip(found, expected, strict=True):
+            assert_same(outputs, wanted)
+    assert {name: model.get_parameter(name).data_ptr() for name in addresses} == addresses
+
+
 def test_reuse_steps_fetch_only_what_they_read() -> None:
     swapped = lc.transform(Tower(), policy("30%", interval=4))
     generate(swapped)
