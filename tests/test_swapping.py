@@ -269,6 +269,17 @@ def test_two_drop_ins_of_one_model_share_its_arena() -> None:
     assert {name: model.get_parameter(name).data_ptr() for name in addresses} == addresses
 
 
+def test_copies_that_a_program_does_not_want_make_room() -> None:
+    """As another guidance branch leaves them, or another program than the one that was expected."""
+    swapped = lc.transform(Tower(), policy("30%"))
+    with torch.no_grad():
+        swapped(latent(0), torch.tensor(900.0), CONDITION)
+        copies = swapped._lightcache.runtime.tracker.weight_copies
+        copies.put("of another", torch.ones(4), 1)
+        swapped(latent(1), torch.tensor(800.0), CONDITION)
+    assert "of another" not in copies
+
+
 def test_reuse_steps_fetch_only_what_they_read() -> None:
     swapped = lc.transform(Tower(), policy("30%", interval=4))
     generate(swapped)
@@ -548,6 +559,14 @@ def test_pipelines_that_cannot_be_planned() -> None:
         lc.plan_pipeline([], policy())
     with pytest.raises(ArgumentError, match="expected a policy with memory_budget"):
         lc.plan_pipeline([lc.Stage("denoise", Tower())], Policy())
+
+
+def test_a_reuse_step_takes_the_program_of_a_step_as_far_from_the_next_full_one() -> None:
+    swap = planned(policy("40%", interval=5)).swap
+    assert swap is not None
+    assert [swap.step_for(since, 5 - since) for since in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert [swap.step_for(1, ahead) for ahead in (9, 5, 4, 1)] == [1, 1, 1, 4]
+    assert [swap.step_for(since, None) for since in (1, 3, 4, 9)] == [1, 3, 3, 3], "the last drops the slots"
 
 
 def test_longest_intervals() -> None:
