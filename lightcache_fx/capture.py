@@ -21,6 +21,7 @@ from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import Call, CallLayout
+from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError
 from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders
 from lightcache_fx.marks import Mark
@@ -89,7 +90,7 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
         tensor.device.type == "meta" for tensor in (*call.tensors, *module.parameters())
     )
     # Inference tensors cannot be versioned or exported, so everything here runs outside inference mode.
-    with torch.inference_mode(False), torch.no_grad():
+    with CAPTURE_LOCK.capturing(), torch.inference_mode(False), torch.no_grad():
         call = Call(call.layout, tuple(_own(call.tensors)))
         before = ModuleState.take(module)
         weights = {name: table[key] for name, (table, key) in weight_slots(module).items()}

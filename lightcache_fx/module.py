@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lightcache_fx.budgets import with_memory
 from lightcache_fx.calls import CallReader
 from lightcache_fx.capture import capture
+from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, TransformError
 from lightcache_fx.frames import calls_for_slices, decode_apart
@@ -58,6 +59,11 @@ class TransformedModule(nn.Module):
 
     __slots__ = ()
     _lightcache: _Added
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As every module's; it waits for a capture in another thread before the first hook runs."""
+        with CAPTURE_LOCK.running():
+            return super().__call__(*args, **kwargs)
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
@@ -342,11 +348,12 @@ def plan_component(
     policy = _policy_for(module, policy, method)
     reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
-    captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
     on_cuda = None if device is None else device == "cuda"
-    return with_memory(
-        captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware, takes_turns=takes_turns
-    )
+    with CAPTURE_LOCK.capturing():
+        captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
+        return with_memory(
+            captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware, takes_turns=takes_turns
+        )
 
 
 def _check_module(function: str, module: object) -> None:

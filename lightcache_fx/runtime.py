@@ -15,6 +15,7 @@ from lightcache_fx.arena import is_dense
 from lightcache_fx.budgets import with_memory
 from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
+from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
 from lightcache_fx.homes import Homes, Tier
@@ -111,7 +112,7 @@ class Runtime:
         self._may_stay_eager = may_stay_eager
         self._uncaptured: str | None = None
         self._state = ModuleState.take(module, self.homes.device_of)
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._local = _PerThread()
 
     @property
@@ -121,7 +122,7 @@ class Runtime:
 
     def __call__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """One denoiser call: place it in its run, run the program that the schedule asks for, keep what it returns."""
-        with torch.no_grad():
+        with CAPTURE_LOCK.running(), torch.no_grad():
             if self._uncaptured is not None:
                 return self._run_eagerly(args, kwargs)
             try:
@@ -158,22 +159,33 @@ class Runtime:
 
     def compile(self, call: Call) -> Compiled:
         """The programs for a call's signature, captured and built when it is new."""
+        with CAPTURE_LOCK.running():
+            found = self._known(call)
+        if found is None:
+            with CAPTURE_LOCK.capturing():  # another thread may have made it meanwhile
+                found = self._known(call) or self._keep(self._build(call))
+        return found
+
+    def _known(self, call: Call) -> Compiled | None:
         with self._lock:
             if not self._state.unchanged():
                 self._state = ModuleState.take(self.module, self.homes.device_of)
             key = (call.layout, self._state.key)
             found = self.compiled.get(key)
-            if found is None:
-                found = self._build(call)
-                self.compiled[key] = found
-                if len(self.compiled) > self.policy.max_signatures:
-                    (old, _), _ = self.compiled.popitem(last=False)
-                    types = zip(old.leaves, old.tensor_types, strict=True)
-                    shapes = ", ".join(f"{leaf.name} {type_.shape}" for leaf, type_ in types)
-                    limit = self.policy.max_signatures
-                    log.warning("max_signatures=%d reached: dropped the programs for %s", limit, shapes)
-            self.compiled.move_to_end(key)
+            if found is not None:
+                self.compiled.move_to_end(key)
             return found
+
+    def _keep(self, made: Compiled) -> Compiled:
+        with self._lock:
+            self.compiled[(made.capture.layout, made.state.key)] = made
+            if len(self.compiled) > self.policy.max_signatures:
+                (old, _), _ = self.compiled.popitem(last=False)
+                types = zip(old.leaves, old.tensor_types, strict=True)
+                shapes = ", ".join(f"{leaf.name} {type_.shape}" for leaf, type_ in types)
+                limit = self.policy.max_signatures
+                log.warning("max_signatures=%d reached: dropped the programs for %s", limit, shapes)
+        return made
 
     def _build(self, call: Call) -> Compiled:
         if self.homes.device.type != "cpu":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +56,7 @@ class FlatCall(nn.Module):
         own = [tensor.to(torch.int64) if i in self.whole else tensor for i, tensor in enumerate(tensors)]
         args, kwargs = self.layout.rebuild(own)
         method = method_of(self.model, self.layout.method)
-        with marked_modules(self.model, self.marked) as self.record.marks:
+        with _confined_to_thread(), marked_modules(self.model, self.marked) as self.record.marks:
             flat, self.record.spec = pytree.tree_flatten(method(self.model, *args, **kwargs))
         found = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         self.record.constants = tuple((i, leaf) for i, leaf in enumerate(flat) if not isinstance(leaf, torch.Tensor))
@@ -66,6 +68,30 @@ class FlatCall(nn.Module):
                     f" return_dict=False, or register the class with torch.utils._pytree.register_dataclass"
                 )
         return tuple(found)
+
+
+@contextmanager
+def _confined_to_thread() -> Iterator[None]:
+    """What the tracer has patched into `nn.Module` for the whole process holds in this thread alone."""
+    me = threading.get_ident()
+    patched = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
+
+    def confined(method: Callable[..., Any]) -> Callable[..., Any]:
+        original = getattr(method, "__wrapped__", method)  # the patches are made with functools.wraps
+
+        @functools.wraps(original)
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            return (method if threading.get_ident() == me else original)(*args, **kwargs)
+
+        return choose
+
+    try:
+        for name, method in patched.items():
+            setattr(nn.Module, name, confined(method))
+        yield
+    finally:
+        for name, method in patched.items():
+            setattr(nn.Module, name, method)
 
 
 @dataclass(frozen=True)
