@@ -176,6 +176,11 @@ class Stretch:
         return self.memory.replaceable(self.region, self.end)
 
     @cached_property
+    def seconds(self) -> float:
+        """Predicted time of the region's calls uncut."""
+        return sum(self.memory.seconds[node] for node in self.region.body)
+
+    @cached_property
     def dying(self) -> list[list[fx.Node]]:
         """For each call of the body, the calls of it whose storages are not read or returned behind it."""
         region, roots = self.region, self.memory.roots

@@ -30,6 +30,11 @@ _NESTED_TRIES = 1
 _TRIES = 6
 _SMALLER = 8
 """Every other of so many larger numbers of chunks is looked at for a faster one."""
+_SAME = 0.01
+"""Times that differ by less, as a share of what the region takes uncut, are the same: then fewer chunks are better.
+
+Prices are rough; and the last chunk to be halved is one position, which oneDNN and GroupNorm round otherwise than two.
+"""
 _ENOUGH = 3
 """So many stretches that fit end the search for longer ones."""
 
@@ -148,10 +153,10 @@ class Search:
             if reached <= self.budget:
                 trial, reached = self.exactly(trial)
                 if reached <= self.budget:
-                    smaller = min(self.smaller(trial, counts), key=lambda entry: entry[0].seconds, default=None)
-                    if smaller is None or smaller[0].seconds >= trial.seconds:
+                    fastest, _ = self.fastest((trial, reached), counts)
+                    if fastest is trial:
                         return trial
-                    exact, reached = self.exactly(smaller[0])
+                    exact, reached = self.exactly(fastest)
                     return exact if reached <= self.budget else trial
         return None
 
@@ -222,14 +227,35 @@ class Search:
         if last is None or last[1] >= 0.99 * self.peak:
             return None
         fewest = replace(last[0], seconds=chunk_seconds(last[0])), last[1]
-        return min((fewest, *self.smaller(fewest[0], counts)), key=lambda entry: entry[0].seconds)
+        return self.fastest(fewest, counts)
 
-    def smaller(self, fitting: Chosen, counts: Iterable[int]) -> Iterator[tuple[Chosen, int]]:
-        """The same region in more chunks that fit too, with their times: caches may hold them."""
-        for count in itertools.islice(counts, 1, _SMALLER, 2):
-            trial, reached = self.estimate(fitting.stretch, count)
+    def fastest(self, fewest: tuple[Chosen, int], counts: Iterable[int]) -> tuple[Chosen, int]:
+        """Of a region in the fewest chunks that fit and in more, the fewest that take the least time: caches may help.
+
+        Args:
+            fewest: the region with its time, and the highest that its stretch reaches.
+            counts: larger numbers of chunks, rising.
+        """
+        stretch = fewest[0].stretch
+        larger = list(itertools.islice(counts, _SMALLER))
+        tried = {fewest[0].count: fewest}
+
+        def best() -> tuple[Chosen, int]:
+            least = min(candidate.seconds for candidate, _ in tried.values())
+            return next(tried[n] for n in sorted(tried) if tried[n][0].seconds <= least + _SAME * stretch.seconds)
+
+        def attempt(count: int) -> None:
+            trial, reached = self.estimate(stretch, count)
             if reached <= self.budget:
-                yield replace(trial, seconds=chunk_seconds(trial)), reached
+                tried[count] = replace(trial, seconds=chunk_seconds(trial)), reached
+
+        for count in larger[1::2]:
+            attempt(count)
+        for skipped, chosen in itertools.pairwise(larger):
+            if chosen == best()[0].count and skipped not in tried:
+                attempt(skipped)
+                break
+        return best()
 
     def live_before(self, index: int) -> int:
         """Bytes live before a call, or before the region that it is in; 0 behind the last."""
