@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -10,6 +10,7 @@ from torch import fx
 from lightcache_fx.axes import Axis
 from lightcache_fx.chunk_memory import Chosen, Memory, Stretch
 from lightcache_fx.costs import is_free
+from lightcache_fx.direct_writes import direct_output
 from lightcache_fx.graphs import concrete_size, tensors_of
 from lightcache_fx.in_place import Overwrite, overwrites
 from lightcache_fx.regions import Region, ranges_of
@@ -33,7 +34,7 @@ def exactly(chosen: Chosen) -> Chosen:
     return replace(exact, seconds=chunk_seconds(exact))
 
 
-def _body_peak(stretch: Stretch, count: int, replaced: Iterable[Overwrite]) -> int:
+def _body_peak(stretch: Stretch, count: int, replaced: Sequence[Overwrite]) -> int:
     """Predicted bytes of a chunk's temporaries: the body's liveness, each value scaled to its range.
 
     With them count the parts of the chunk before that wait to be written over an input.
@@ -48,11 +49,18 @@ def _body_peak(stretch: Stretch, count: int, replaced: Iterable[Overwrite]) -> i
     live = peak = _copied_inputs(memory, region, ranges) + sum(
         local(node, memory.size[node]) for node in (region.outputs[over.output] for over in replaced if over.delay)
     )
+    direct = _written_directly(region, replaced)
     for node, dying in zip(region.body, stretch.dying, strict=True):
-        live += local(node, memory.own[node])
+        live += local(node, memory.own[node]) if node is not direct else 0
         peak = max(peak, live + local(node, memory.extra[node]))
         live -= sum(local(root, memory.own[root]) for root in dying)
     return peak
+
+
+def _written_directly(region: Region, replaced: Sequence[Overwrite]) -> fx.Node | None:
+    """The output that its operator writes where it belongs."""
+    index = direct_output(region, replaced)
+    return None if index is None else region.outputs[index]
 
 
 def _copied_inputs(memory: Memory, region: Region, ranges: Mapping[fx.Node, tuple[int, int]]) -> int:
@@ -103,19 +111,23 @@ def chunk_seconds(chosen: Chosen) -> float:
         run = _run_bytes(source, need.axis, high - low)
         return machine.moving(part) if size <= machine.cache else machine.slicing(part, run)
 
-    total = 0.0
+    total, direct = 0.0, _written_directly(region, chosen.overwrites)
     for node in region.body:
         flops = memory.flops.get(node, 0)
         if is_free(node, flops):
             continue
         part = flops * share(node) * memory.slowdown(node, _part(region, node, ranges))
-        moving = machine.moving(memory.size[node] * share(node)) + sum(reading(node, s) for s in node.all_input_nodes)
-        allocating = (machine.allocating(size[node] * share(node)) for size in (memory.own, memory.extra))
-        total += count * (machine.seconds(part, moving) + sum(allocating)) - memory.seconds[node]
+        moving = sum(reading(node, source) for source in node.all_input_nodes)
+        allocating = machine.allocating(memory.extra[node] * share(node))
+        if node is not direct:
+            moving += machine.moving(memory.size[node] * share(node))
+            allocating += machine.allocating(memory.own[node] * share(node))
+        total += count * (machine.seconds(part, moving) + allocating) - memory.seconds[node]
     over = {overwrite.output for overwrite in chosen.overwrites}
     for index, node in enumerate(region.outputs):
         size, axis = memory.size[node], region.axes[node]
         run = _run_bytes(node, axis, axis.size // count)
-        total += count * (machine.moving(size / count) + machine.launch) + machine.slicing(size, run)
+        copying = machine.moving(size / count) + machine.launch if node is not direct else 0.0
+        total += count * copying + machine.slicing(size, run)
         total += 0.0 if index in over else machine.allocating(size)
     return total + 2 * count * machine.moving(_copied_inputs(memory, region, ranges))

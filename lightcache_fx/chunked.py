@@ -1,6 +1,7 @@
 """A region as one module of a program's graph: the bodies of its chunks, and the loop that runs them.
 
-Each output is allocated whole, or takes the place of an input, and every chunk writes its part. A body is a static
+Each output is allocated whole, or takes the place of an input, and every chunk writes its part (`direct_writes`: some
+without a copy). A body is a static
 graph for a chunk's sizes; chunks of the same sizes and borders share one, so that there are a few bodies (first, inner,
 last, uneven) and not one a chunk.
 """
@@ -17,6 +18,7 @@ from torch import fx, nn
 from lightcache_fx.axes import Axis, Reach
 from lightcache_fx.axis_rules import build_local
 from lightcache_fx.axis_rules.registry import evaluate
+from lightcache_fx.direct_writes import direct_output, write_directly, written_by
 from lightcache_fx.graphs import GraphInput, num_bytes, outputs, placeholders
 from lightcache_fx.in_place import Overwrite, overwrites
 from lightcache_fx.liveness import Timeline, timeline
@@ -83,6 +85,7 @@ class ChunkedRegion(nn.Module):
         self.flops = flops
         self.overwrites = overwrites
         self._timelines: dict[int, list[Timeline]] = {}
+        self._direct = [written_by(body.graph) for body in bodies]
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the region's outputs."""
@@ -103,8 +106,11 @@ class ChunkedRegion(nn.Module):
         What goes over an input is written last: other parts may be views of it.
         """
         delays = {overwrite.output: overwrite.delay for overwrite in self.overwrites}
-        parts = self.bodies[chunk.body](*(_read(inputs[read.index], read) for read in chunk.reads))
-        made = list(zip(chunk.writes, parts, strict=True))
+        arguments, direct = [_read(inputs[read.index], read) for read in chunk.reads], self._direct[chunk.body]
+        if direct is not None:
+            arguments.append(_read(results[direct], chunk.writes[direct]))
+        parts = self.bodies[chunk.body](*arguments)
+        made = [(write, part) for write, part in zip(chunk.writes, parts, strict=True) if write.index != direct]
         fresh = [(write, part) for write, part in made if write.index not in delays]
         over = [(write, part) for write, part in made if delays.get(write.index) == 0]
         for write, part in (*fresh, *waiting, *over):
@@ -121,6 +127,15 @@ class ChunkedRegion(nn.Module):
         """Put another body of the same inputs and outputs in the place of one."""
         self.bodies[index] = body
         self._timelines.clear()
+
+    def write_directly(self, output: int, place: torch.Tensor) -> None:
+        """Let every body that can write its part of an output straight into it, which is laid out as `place`."""
+        self._timelines.clear()
+        for index in range(len(self.bodies)):
+            body = self.body(index)
+            write_directly(body.graph, output, place)
+            body.recompile()
+            self._direct[index] = written_by(body.graph)
 
     def overwritten(self) -> dict[int, int]:
         """The outputs that are written over an input: output to input."""
@@ -227,6 +242,9 @@ def build_region(
     )
     candidates = [pair for pair in candidates if module.makes_its_own(pair[0], rounding)]
     module.overwrites = overwrites(region, count, candidates, range(count))
+    direct = direct_output(region, module.overwrites)
+    if direct is not None:
+        module.write_directly(direct, allocated(region.outputs[direct]))
     return module
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from lightcache_fx.axis_rules.registry import bound_arguments
-from lightcache_fx.graphs import is_view, num_bytes, placeholders, tensors_of
+from lightcache_fx.graphs import is_view, num_bytes, placeholders, schema_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def machine_of(graph: fx.Graph, *, cuda: bool) -> Machine:
 
 def is_free(node: fx.Node, flops: int) -> bool:
     """Whether a call neither computes nor moves anything: a view."""
-    return not flops and (is_view(node) or not num_bytes(node))
+    schema = schema_of(node)
+    writes = schema is not None and schema.is_mutable
+    return not flops and ((is_view(node) and not writes) or not num_bytes(node))
 
 
 _CONVOLUTIONS = {getattr(torch.ops.aten, f"conv{rank}d").default for rank in (1, 2, 3)}

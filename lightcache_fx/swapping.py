@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from lightcache_fx.arena import is_dense
 from lightcache_fx.chunked import ChunkedRegion
 from lightcache_fx.costs import Machine, is_free, slowdown
+from lightcache_fx.direct_writes import written_by
 from lightcache_fx.flops import count_flops
 from lightcache_fx.graphs import (
     alias_root,
@@ -285,7 +286,8 @@ def _call_seconds(node: fx.Node, flops: int, machine: Machine, *, cuda: bool) ->
 def _region_seconds(region: ChunkedRegion, machine: Machine, *, cuda: bool) -> float:
     bodies = [region.body(index).graph for index in range(len(region.bodies))]
     each = [sum(seconds_of_calls(graph, machine, cuda=cuda).values()) for graph in bodies]
-    written = [sum(machine.moving(num_bytes(n)) + machine.launch for n in outputs(graph)) for graph in bodies]
+    copied = [[n for i, n in enumerate(outputs(graph)) if i != written_by(graph)] for graph in bodies]
+    written = [sum(machine.moving(num_bytes(node)) + machine.launch for node in nodes) for nodes in copied]
     return sum(each[chunk.body] + written[chunk.body] for chunk in region.chunks)
 
 
