@@ -146,6 +146,8 @@ class ThreadEngine:
     def _begin(self, way: Way, into: torch.Tensor, source: torch.Tensor, name: str) -> None:
         with self._lock:
             earlier = [copy for tensor in (into, source) if (copy := self._pending.get(tensor)) is not None]
+            if way == "in":
+                source = source.detach()  # a weight may be bound to other memory before its turn comes
             self._pending[into] = self._workers[way].submit(self._run, way, [(into, source)], name, earlier)
 
     def _end(self, into: torch.Tensor) -> None:
@@ -290,7 +292,8 @@ class StreamEngine:
                 event.record(stream)
             self._pending[into] = event
             self._held = [(e, tensors) for e, tensors in self._held if not e.query()]
-            self._held.append((event, (into, source)))
+            memory = (source.detach(),) if way == "in" else ()  # a weight may be bound to other memory meanwhile
+            self._held.append((event, (into, source, *memory)))
 
     def _end(self, into: torch.Tensor) -> None:
         with self._lock:
