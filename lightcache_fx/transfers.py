@@ -6,7 +6,8 @@
     %h_gone     = lightcache.release(%h_leaving, %h)            the buffer, laid out as %h; only now may %h be freed
 
 Each returns what its consumers use, so that order is dataflow and dead code elimination drops none that matters. The
-lifetime of a source is explicit: it is an argument of the operator behind whose call it may be freed.
+lifetime of a source is explicit: it is an argument of the operator behind whose call it may be freed. Nothing is copied
+from an empty home or to one: so a caller says that a copy would be for nobody.
 
 On CUDA the copies run on one stream each way, ordered by events, and the host never waits. Without an accelerator the
 "device" is the process's own memory and its weights are kept in a memory-mapped file: one worker thread each way copies
@@ -343,6 +344,8 @@ _library.define("release(Tensor(a) leaving, Tensor value) -> Tensor(a)")
 
 
 def _prefetch(home: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
+    if not home.numel():
+        return _empty_like(home, device, name)
     return _engine(device).prefetch(home, device, name)
 
 
@@ -352,6 +355,8 @@ def _wait(arriving: torch.Tensor) -> torch.Tensor:
 
 
 def _offload(value: torch.Tensor, home: torch.Tensor, name: str) -> torch.Tensor:
+    if value.numel() and not home.numel():
+        return home
     leaving = _laid_out(home, value)
     _engine(value.device).offload(value, leaving, name)
     return leaving
