@@ -346,26 +346,46 @@ def test_a_later_branch_s_prologue_has_room_beside_what_earlier_ones_keep(
         seen.clear()
         told = asked.model_copy(update={"calls_per_step": branches})
         plan = lc.plan(Tower(num_blocks=8), call, policy=told, hardware=HARDWARE)
-        (prologue,) = (found for found in seen if not found.cyclic)
-        return plan, prologue.ops[0].live_bytes
+        prologue = next(found for found in seen if not found.cyclic)
+        assert plan.swap is not None
+        return plan, prologue.ops[0].live_bytes - plan.swap.plan.resident_bytes
 
     (plan, one), (_, two) = held(1), held(2)
     assert two - one == plan.hoist.num_bytes + slots_that_stay * plan.kept_bytes
     assert plan.kept_bytes > plan.hoist.num_bytes > 0
 
 
-def test_a_prologue_that_copies_nothing_has_no_resident_weights_beside_it() -> None:
-    """They are in the plan of the steps alone."""
+class Spread(nn.Module):
+    """What takes so much room for each value that nothing else has any."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value.unsqueeze(1).repeat(1, self.times, 1).sin().mean(1)
+
+
+@pytest.mark.parametrize(("times", "keeps"), [(1, True), (6000, False)])
+def test_resident_weights_stay_while_a_prologue_has_room_beside_them(times: int, keeps: bool) -> None:
     model = Tower(num_blocks=8, width=128)
-    model.prompt = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 128))  # too small to be swapped
-    swapped = lc.transform(model, policy("60%"))
+    model.prompt = nn.Sequential(nn.Linear(3, 8), Spread(times), nn.Linear(8, 128))
+    asked = policy("75%")
+    swapped = lc.transform(model, asked)
+    expected = generate(lc.transform(model, unswapped(asked)))
     generate(swapped)
     swap = swap_of(swapped)
     assert swap.resident
-    assert not swap.prologue.stays
-    bound = made_of(swapped)[2].bound
-    assert bound["full"].wanted >= swap.resident
-    assert not bound["prologue"].wanted
+    assert swap.keeps_residents == keeps
+    first, second, *later = [{name for name, _ in call} & swap.resident for call in begun_copies(swapped)]
+    assert first == swap.resident, "the run before gave its memory back"
+    assert second == (set() if keeps else swap.resident), "fetched anew behind the other branch's prologue"
+    assert not any(later)
+    assert_same(generate(swapped), expected)
+    run = generation(swapped, 2, [prompt(number) for number in PAIR])
+    measured = measure_peak(run).peak_bytes + small_weights(model, swap)
+    assert measured <= swap.plan.budget
+    assert not keeps or measured <= swap.plan.peak_bytes
 
 
 @pytest.mark.parametrize("interval", [2, 3])
