@@ -60,7 +60,10 @@ class FetchedForOperations(TorchFunctionMode):
 
     * A view of a weight is taken where the weight is; what reads the view gets a copy of the view, laid out as it is.
     * Asked for its device, a weight or a view of one names the device that it is read on.
-    * Nothing that a call returns can be used to write to a weight, and a call that writes to one is refused.
+    * A call that writes to a weight, or to a view of one, is refused, and has written to a copy.
+
+    What torch does otherwise because functions are overridden (`nn.MultiheadAttention` leaves out its fast path) holds
+    here too, and Python code that is no call of torch's gets the weight as it is.
 
     Args:
         weights: by name; others, and all other tensors, are left alone.

@@ -66,7 +66,7 @@ class Homes:
         Raises:
             SwapError: there is no room at home.
         """
-        return self.adopt_all(map(self._find, names))
+        return self.adopt_all(map(self.weight, names))
 
     def adopt_all(self, weights: Iterable[torch.Tensor]) -> int:
         """As `adopt`, for the weights themselves."""
@@ -135,6 +135,12 @@ class Homes:
         """Where a weight is used: of one that is at home, or in host memory as it was at first, the module's device."""
         return self.device if weight.device == self.origin or self.is_home(weight) else weight.device
 
+    def weight(self, name: str) -> torch.Tensor:
+        """One of the module's weights, as it is now."""
+        table, key = self._table()[name]
+        found: torch.Tensor = table[key]
+        return found
+
     def all_weights(self) -> list[torch.Tensor]:
         """The module's weights, as they are now, each once."""
         return self._all()
@@ -175,11 +181,6 @@ class Homes:
 
     def _table(self) -> WeightTable:
         return self._weights() if callable(self._weights) else self._weights
-
-    def _find(self, name: str) -> torch.Tensor:
-        table, key = self._table()[name]
-        found: torch.Tensor = table[key]
-        return found
 
     def _all(self) -> list[torch.Tensor]:
         found = (table.get(key) for table, key in self._table().values())  # weight norm takes keys away

@@ -200,11 +200,10 @@ class BoundProgram:
         ]
         self.wanted = names | {i.name for i in self.program.inputs if i.kind == "copy"}
 
-    def elsewhere(self) -> dict[str, torch.Tensor]:
-        """Weights that the program reads where it computes, and that are not there now; by name."""
-        read = {key: like for kind, key, like in self._sources if kind in ("weight", "resident")}
-        found = {name: self._weight(name) for name in read}
-        return {name: weight for name, weight in found.items() if weight.device != read[name].device}
+    def elsewhere(self, resident: frozenset[str]) -> set[str]:
+        """Weights that are not where the program computes, and that it would read as they are, were those resident."""
+        read = [(name, node.meta["val"]) for node, name in self._keys if _source_kind(node, resident) == "weight"]
+        return {name for name, like in read if self._weight(name).device != like.device}
 
     def weights(self) -> list[torch.Tensor]:
         """The weights that the program reads, as they are now, but for those that are handed over."""

@@ -45,17 +45,15 @@ class Compiled:
     bound: dict[str, BoundProgram]
     state: ModuleState  # kept so that the objects whose identity is in the key stay alive
 
-    def elsewhere(self) -> dict[str, torch.Tensor]:
-        """Weights that programs read where they compute, no copies planned, and that are elsewhere now; by name."""
-        return {name: weight for program in self.bound.values() for name, weight in program.elsewhere().items()}
-
     def note_places(self) -> None:
         """Keep copies on the device, while the model is there, of what the plan keeps there and what is elsewhere."""
-        swap, elsewhere = self.plan.swap, frozenset(self.elsewhere())
+        swap = self.plan.swap
         resident = swap.resident if swap is not None else frozenset[str]()
         once = frozenset[str]() if swap is not None and swap.prologue.moves else resident
+        planned = {name: once if name == "prologue" else resident for name in self.bound}
+        elsewhere = frozenset[str]().union(*(program.elsewhere(planned[name]) for name, program in self.bound.items()))
         for name, program in self.bound.items():
-            program.keep_resident((once if name == "prologue" else resident) | elsewhere)
+            program.keep_resident(planned[name] | elsewhere)
 
 
 class Ledger(threading.local):
@@ -283,7 +281,8 @@ class Runtime:
         if (
             self._placement.hosted and self.homes.device.type != "cpu"
         ):  # copied from page-locked memory, beside computing
-            planned |= {name for name, weight in compiled.elsewhere().items() if is_dense(weight)}
+            kept = frozenset[str]().union(*(program.resident for program in compiled.bound.values()))
+            planned |= {name for name in kept if is_dense(self.homes.weight(name))}
         return planned
 
     def _locate(self, call: Call, compiled: Compiled) -> Position:

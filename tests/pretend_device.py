@@ -25,7 +25,7 @@ from lightcache_fx import fetching, placement, transfers
 
 DEVICE = torch.device("privateuseone:0")
 CPU = torch.device("cpu")
-_COPIES = ("copy_", "_to_copy")
+_COPIES = ("copy_", "_to_copy", "to")
 _setup_privateuseone_for_python_backend()  # once a process: it stays, without any operator of its own
 
 
@@ -37,7 +37,12 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnDevice:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=DEVICE
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
         )
         made.held = held
         return made
@@ -87,8 +92,8 @@ class PretendDevice(TorchDispatchMode):
         found = {id(tensor.held): tensor for tensor in there}
         plain_args, plain_kwargs = pytree.tree_map_only(OnDevice, lambda tensor: tensor.held, (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
-        if name == "_to_copy" and tensors[0].device.type != (DEVICE if on_device else CPU).type:
-            result = result.clone() if result is plain_args[0] else result
+        if name == "to" and isinstance(args[0], OnDevice) != on_device and result is plain_args[0]:
+            result = result.clone()
         if not on_device:
             return result
         return pytree.tree_map_only(
@@ -130,6 +135,12 @@ class DirectEngine:
         pass
 
 
+def _tolist(tensor: torch.Tensor) -> Any:
+    """`Tensor.tolist`, which no tensor subclass has."""
+    return _original_tolist(tensor.held if isinstance(tensor, OnDevice) else tensor)
+
+
+_original_tolist = torch.Tensor.tolist
 _OURS: dict[Any, Callable[..., Any]] = {
     fetching.FETCH: fetching._copied,
     transfers.PREFETCH: transfers._prefetch,
@@ -144,6 +155,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> I
     """The device is there, and copies to it and from it are made at once."""
     device, engine = PretendDevice(capacity), DirectEngine()
     monkeypatch.setattr(transfers, "_engine", lambda _: engine)
+    monkeypatch.setattr(torch.Tensor, "tolist", _tolist)
     monkeypatch.setattr(placement, "free_bytes", lambda _: 2**40 if capacity is None else capacity - device.num_bytes)
     with device:
         yield device
