@@ -212,7 +212,7 @@ class _Attempt:
         with self._fetched():
             traced = trace_real_tensors(flat, tensors)
         if self.away is not None:
-            forget_fetches(traced.graph_module.graph, traced.inputs, self.away.device)
+            forget_fetches(traced.graph_module.graph)
         return traced
 
     def _check_constants(self, traced: Traced) -> None:

@@ -201,7 +201,9 @@ class Runtime:
         device = self._placement.device_for(self.reader.owner, tensors)
         if device != self.homes.device:
             self.tracker.reset()
-            self.homes.compute_on(device, _tier(self.policy, on_cpu=device.type == "cpu"))
+            with self._lock:
+                self.homes.compute_on(device, _tier(self.policy, on_cpu=device.type == "cpu"))
+                self._state = ModuleState.take(self.module, self.homes.device_of)
 
     def _notice_moves(self) -> None:
         """A module that was in host memory may have been moved by its user, and is where it was moved to then."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightcache_fx.fetching import FETCH
-from lightcache_fx.graphs import GraphInput, is_view, placeholders
 from lightcache_fx.module_state import weight_slots
 
 
@@ -62,26 +58,15 @@ def _like(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> t
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
-def _moved(value: FakeTensor, device: torch.device) -> torch.Tensor:
-    return _like(value, value.fake_mode, device)
-
-
-def forget_fetches(graph: fx.Graph, inputs: Sequence[GraphInput], device: torch.device) -> None:
-    """Make of a trace in which operations read copies of weights one in which the weights are on the device.
+def forget_fetches(graph: fx.Graph) -> None:
+    """Make of a trace in which operations read copies of weights one in which they read the weights.
 
         %copy = lightcache.fetch(%w, device); %y = linear(%x, %copy)    ->    %y = linear(%x, %w)
 
-    Args:
-        graph: as traced; changed in place.
-        inputs: what its placeholders are, in order.
-        device: where it computes.
+    The types of weights and of views of them are those on the device already: asked for theirs, they name it.
     """
-    weights = {node for node, given in zip(placeholders(graph), inputs, strict=True) if given.kind == "weight"}
     for node in list(graph.nodes):
-        if node in weights or ((is_view(node) or node.target is operator.getitem) and node.args[0] in weights):
-            weights.add(node)
-            node.meta["val"] = pytree.tree_map_only(FakeTensor, partial(_moved, device=device), node.meta.get("val"))
-        elif node.target is FETCH:
+        if node.target is FETCH:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):

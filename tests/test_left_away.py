@@ -18,16 +18,20 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import lightcache_fx as lc
 from lightcache_fx import capture as capture_module
-from lightcache_fx import runtime
+from lightcache_fx import placement, runtime, verify
 from lightcache_fx.calls import CallReader
 from lightcache_fx.capture import Capture, capture
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError, SwapError
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.graphs import input_of, placeholders
 from lightcache_fx.homes import Homes
+from lightcache_fx.module import transform_component
 from lightcache_fx.module_state import weight_slots
+from lightcache_fx.placement import Placement
 from lightcache_fx.policy import Cache, Policy, Swap
+from lightcache_fx.runtime import Ledger
 from lightcache_fx.stand_ins import stand_ins
+from pipelines import PIPELINES
 from pretend_device import CPU, DEVICE, PretendDevice, pretended, to_device
 from test_swapping import HARDWARE
 from toys import Tower, latent, prompt
@@ -247,8 +251,6 @@ def test_a_graph_with_another_weight_is_refused(
     device: PretendDevice, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """The last bits of one weight, in one of the runs that are compared."""
-    from lightcache_fx import verify
-
     model, other, runs = Tower(), Tower(), Counter[str]()
     other.outer.bias.add_(2**-20)
     original = verify.run_graph
@@ -369,15 +371,17 @@ def test_an_operation_that_does_not_fit_says_so(
             capture_away(Tower(), *call)
 
 
-def test_no_room_in_the_midst_of_the_check(device: PretendDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of its own, and not another opinion of what other inputs do."""
-    original = capture_module.check_against_eager
+def test_no_room_in_the_midst_of_the_check(
+    device: PretendDevice, monkeypatch: pytest.MonkeyPatch, no_trace: None
+) -> None:
+    """While other inputs are tried, which a model may refuse: an error of its own, and no word about these inputs."""
+    original = verify.vary
 
-    def less_room(*args: Any) -> None:
+    def less_room(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         device.capacity = 50_000
-        original(*args)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(capture_module, "check_against_eager", less_room)
+    monkeypatch.setattr(verify, "vary", less_room)
     with pytest.raises(SwapError, match="no memory on"):
         capture_away(Tower(), *to_device(inputs()))
 
@@ -449,6 +453,10 @@ def test_its_module_stays_in_host_memory(device: PretendDevice) -> None:
     before = copy.deepcopy(model.state_dict())
     swapped = lc.transform(model, Policy(cache=CACHE, memory_budget=BUDGET))
     generate(swapped, DEVICE)
+    homes = swapped._lightcache.runtime.homes
+    assert all(map(homes.is_home, model.parameters())), (
+        "page-locked, small ones too, so that copies run beside computing"
+    )
     assert lc.restore(swapped) is model
     assert all(weight.device == CPU for weight in model.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -480,6 +488,18 @@ def test_weights_that_change_are_fetched_anew(device: PretendDevice) -> None:
     for weight in model.parameters():
         weight.mul_(1.5)
     assert_same(generate(swapped, DEVICE), expected_of(model))
+
+
+def test_a_weight_that_is_replaced_is_no_reason_to_capture_again(
+    device: PretendDevice, captures: list[WeightsAway | None]
+) -> None:
+    """Neither is that some weights are at home by then and others are not yet."""
+    swapped = lc.transform(model := Tower(), Policy(cache=CACHE, memory_budget=BUDGET))
+    generate(swapped, DEVICE)
+    model.blocks[2][0].weight = nn.Parameter(model.blocks[2][0].weight * 2, requires_grad=False)
+    found = generate(swapped, DEVICE)
+    assert captures == [WeightsAway(DEVICE)]
+    assert_same(found, expected_of(model))
 
 
 def test_everything_fits_and_stays_as_long_as_the_run(
@@ -528,6 +548,97 @@ def test_a_plan_of_a_model_in_host_memory(device: PretendDevice) -> None:
     assert device.peak_bytes < CAPACITY
 
 
+def put_on_device(model: nn.Module) -> None:
+    """As `.to(DEVICE)`."""
+    for table, key in weight_slots(model).values():
+        if (weight := table[key]) is not None:
+            there = weight.to(DEVICE)
+            table[key] = nn.Parameter(there, requires_grad=False) if isinstance(weight, nn.Parameter) else there
+
+
+def test_a_device_that_is_named(device: PretendDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_device_of", lambda _: DEVICE)
+    model = Tower()
+    swapped = lc.transform(model, Policy(cache=CACHE, swap=Swap(budget=BUDGET, device="cuda")))
+    assert swapped._lightcache.runtime.homes.device == DEVICE, "before any call"
+    with pytest.raises(
+        ArgumentError, match=r"^Tower: expected the call's tensors on privateuseone:0, .* got tensors on cpu"
+    ):
+        swapped(*inputs())
+    assert_same(generate(swapped, DEVICE), expected_of(model))
+
+
+def test_a_pipeline_in_host_memory_asks_where_it_computes(
+    device: PretendDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "_device_of", lambda _: DEVICE)
+    pipe = PIPELINES["svd"].build()
+    assert lc.transform_pipeline(pipe, Policy(swap=Swap()))._execution_device == CPU
+    swapping = lc.transform_pipeline(pipe, Policy(memory_budget="1GiB", swap=Swap(device="cuda")))
+    assert swapping.device == swapping._execution_device == DEVICE
+    assert pipe.device == CPU
+
+
+def test_a_module_that_cannot_be_captured_still_says_where_tensors_must_be(device: PretendDevice) -> None:
+    """A call with tensors in the wrong places is no reason to run by eager from then on."""
+    model = Tower()
+    swapped = transform_component(model, Policy(cache=CACHE, memory_budget=BUDGET), Ledger(), may_stay_eager=True)
+    with FakeTensorMode():
+        elsewhere = torch.empty(2, 3, device="cuda:0")
+    with pytest.raises(ArgumentError, match="expected the call's tensors on one device"):
+        swapped(latent(0).to(DEVICE), torch.tensor(1.0), elsewhere)
+    assert_same(generate(swapped, DEVICE), expected_of(model))
+
+
+def test_a_module_that_its_user_moves_to_the_device(
+    make_device: Callable[..., AbstractContextManager[PretendDevice]],
+) -> None:
+    """It is there then, and not in host memory any more."""
+    with make_device(2**22), torch.no_grad():
+        model = Tower()
+        expected = expected_of(model)
+        swapped = lc.transform(model, Policy(cache=CACHE, memory_budget=2**21))
+        assert_same(generate(swapped, DEVICE), expected)
+        put_on_device(model)
+        assert_same(generate(swapped, DEVICE), expected)
+        homes = swapped._lightcache.runtime.homes
+        assert (homes.origin, homes.device) == (DEVICE, DEVICE)
+        assert not lc.inspect(swapped).plan.swap
+        assert not any(program.resident for program in swapped._lightcache.runtime.latest().bound.values())
+
+
+@pytest.mark.parametrize(
+    ("capacity", "budget", "fits"), [(2**20, 2**20, True), (CAPACITY, 2**20, False), (2**20, BUDGET, False)]
+)
+def test_weights_that_were_sent_away_come_back_for_a_capture_where_they_fit(
+    make_device: Callable[..., AbstractContextManager[PretendDevice]],
+    monkeypatch: pytest.MonkeyPatch,
+    captures: list[WeightsAway | None],
+    capacity: int,
+    budget: int,
+    fits: bool,
+) -> None:
+    """A module that was on the device, with its weights at home, meets a new size."""
+    model, recalled = Tower(), []
+    with make_device(capacity), torch.no_grad():
+        swapped = lc.transform(model, Policy(memory_budget=budget))
+        runtime_ = swapped._lightcache.runtime
+        runtime_._placement = Placement(DEVICE)
+        runtime_.homes.origin = DEVICE
+        runtime_.homes.compute_on(DEVICE, "host")
+
+        def recall(to: torch.device) -> None:
+            recalled.append(to)
+            put_on_device(model)
+
+        monkeypatch.setattr(runtime_.homes, "recall", recall)
+        made = runtime_.compile(runtime_.reader.read(to_device(inputs()), {}))
+        assert made.capture.verified
+        assert all(bool(program.resident) != fits for program in made.bound.values())
+    assert recalled == ([DEVICE] if fits else [])
+    assert captures == [None if fits else WeightsAway(DEVICE)]
+
+
 FEW = ("sd", "flux", "wan")
 
 
@@ -550,10 +661,7 @@ def test_models(name: str, make_device: Callable[..., AbstractContextManager[Pre
     with make_device():
         swapped = lc.transform(copy.deepcopy(model), asked)
         found = [run(swapped, DEVICE), run(swapped, DEVICE)]
-        for table, key in weight_slots(model).values():  # as `.to(DEVICE)`
-            if (weight := table[key]) is not None:
-                there = weight.to(DEVICE)
-                table[key] = nn.Parameter(there, requires_grad=False) if isinstance(weight, nn.Parameter) else there
+        put_on_device(model)
         expected = [[output.cpu() for output in run(model, DEVICE)][:1]] * 2
         for outputs, wanted in zip(found, expected, strict=True):
             assert_same(outputs[:1], wanted)
