@@ -146,7 +146,9 @@ class ThreadEngine:
     def _begin(self, way: Way, into: torch.Tensor, source: torch.Tensor, name: str) -> None:
         with self._lock:
             earlier = [copy for tensor in (into, source) if (copy := self._pending.get(tensor)) is not None]
-            self._pending[into] = self._workers[way].submit(self._run, way, [(into, source)], name, earlier)
+            # Detached: a weight may be bound to other memory meanwhile (`.to(dtype)`), of another size at that.
+            copy = [(into, source.detach(), source)]
+            self._pending[into] = self._workers[way].submit(self._run, way, copy, name, earlier)
 
     def _end(self, into: torch.Tensor) -> None:
         with self._lock:
@@ -166,7 +168,7 @@ class ThreadEngine:
     def _run(
         self,
         way: Way,
-        tensors: list[tuple[torch.Tensor, torch.Tensor]],
+        tensors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         name: str,
         earlier: list[Future[SwapError | None]],
     ) -> SwapError | None:
@@ -175,7 +177,7 @@ class ThreadEngine:
         When it has ended nobody holds its tensors any more: they come in a list that is emptied, because the pool keeps
         arguments a while, and an error is returned, because the traceback of one that is raised keeps them for ever.
         """
-        into, source = tensors.pop()
+        into, source, _held = tensors.pop()
         for copy in earlier:
             if (failed := copy.result()) is not None:
                 return failed
@@ -279,6 +281,7 @@ class StreamEngine:
 
     def _begin(self, way: Way, into: torch.Tensor, source: torch.Tensor) -> None:
         computing, stream = torch.cuda.current_stream(self._device), self._streams[way]
+        memory = source.detach()  # a weight may be bound to other memory before the copy has read this
         with self._lock:
             stream.wait_stream(computing)
             for tensor in (into, source):
@@ -290,7 +293,7 @@ class StreamEngine:
                 event.record(stream)
             self._pending[into] = event
             self._held = [(e, tensors) for e, tensors in self._held if not e.query()]
-            self._held.append((event, (into, source)))
+            self._held.append((event, (into, source, memory)))
 
     def _end(self, into: torch.Tensor) -> None:
         with self._lock:

@@ -114,6 +114,21 @@ def test_what_was_written_to_a_weight_at_home_arrives(arena: Arena) -> None:
     assert torch.equal(WAIT(PREFETCH(weight, CPU, "w")), x() * 2)
 
 
+def test_a_weight_that_is_bound_to_other_memory_meanwhile(engine: ThreadEngine, gate: Gate, arena: Arena) -> None:
+    """As `.to(dtype)` does: the copy is of what the weight was, and of no more bytes than there is room for."""
+    sizes = []
+    engine._copy = lambda into, source: (sizes.append((into.nbytes, source.nbytes)), gate(into, source))
+    weight = torch.nn.Parameter(at_home(arena, x()))
+    first = PREFETCH(torch.ones(1), CPU, "what is copied before it")
+    arriving = PREFETCH(weight, CPU, "w")
+    gate.wait_for_begin()
+    weight.data = x(dtype=torch.float16)
+    gate.opened.release(2)
+    WAIT(first)
+    assert torch.equal(WAIT(arriving), x())
+    assert sizes == [(4, 4), (48, 48)]
+
+
 def test_inference_tensors_and_gradients(arena: Arena) -> None:
     weight = torch.nn.Parameter(x())
     weight.data = at_home(arena, x())
@@ -659,6 +674,16 @@ def test_streams_what_a_copy_needs_is_held_until_it_has_ended(cuda: Cuda) -> Non
     cuda.run()
     PREFETCH(x(), CPU, "a third")
     assert [ref() for ref in died] == [None, None]
+
+
+def test_streams_the_memory_of_a_weight_is_held_though_it_is_bound_to_other_memory(cuda: Cuda) -> None:
+    home = x()
+    memory = weakref.ref(home.untyped_storage())
+    arriving = PREFETCH(home, CPU, "w")
+    home.data = x(dtype=torch.float64)
+    assert memory() is not None
+    cuda.run()
+    assert torch.equal(arriving, x())
 
 
 def test_streams_the_host_side_is_held_though_computing_waits_for_it(
