@@ -22,12 +22,14 @@ from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import Call, CallLayout
 from lightcache_fx.capture_lock import CAPTURE_LOCK
-from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError
+from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError, SwapError
+from lightcache_fx.fetching import WeightsAway, aliases
 from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders
 from lightcache_fx.marks import Mark
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.opaque import bind_opaque_calls, opaque_submodules, suspect_path
 from lightcache_fx.rates import draws_random_numbers
+from lightcache_fx.stand_ins import forget_fetches, stand_ins
 from lightcache_fx.tracing import WRAPPER, FlatCall, Traced, trace_by_export, trace_real_tensors
 from lightcache_fx.verify import check_against_eager
 
@@ -68,18 +70,22 @@ class Capture:
         return pytree.tree_unflatten(flat, self.output_spec)
 
 
-def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Capture:
+def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = (), away: WeightsAway | None = None) -> Capture:
     """Capture `module` for the shapes, dtypes, devices and constants of `call`.
 
     Args:
         module: in evaluation mode; its weights may be real, fake or on the meta device.
         call: as `CallReader.read` gives it, with real or fake tensors.
         mark: module paths whose arguments and returned values must be found in the graph (`Capture.marks`).
+        away: weights that stay where they are, elsewhere than where the module computes. The module is then traced with
+            stand-ins for all of its weights, on the device, and every run that is needed copies what each operation
+            reads. By default all weights are where the module computes. Of no effect where tensors are fake.
 
     Raises:
-        CaptureError: the module is in training mode, writes to its own buffers or inputs, or no route can trace it; the
+        CaptureError: the module is in training mode, writes to its own weights or inputs, or no route can trace it; the
             message has the operation and the source line where each route stopped.
         CaptureMismatchError: it was traced, but computes something else than the eager model.
+        SwapError: the weights of one operation, or its activations, do not fit the device, or cannot be read.
     """
     if module.training:
         raise CaptureError(
@@ -98,17 +104,18 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = ()) -> Captu
         vars(module).pop("forward", None)  # an offload hook around the drop-in, which is what calls us
         try:
             if not fake:
-                call.run(module)
+                with away.fetched(module) if away is not None else nullcontext():
+                    call.run(module)
             written = [name for name, buffer, version, _ in buffers if buffer._version != version]
             if written:
                 raise CaptureError(
                     f"{call.layout.method} of {type(module).__name__} writes to its buffer {written[0]}; a step must be"
                     f" pure"
                 )
-            attempt = _Attempt(module, call, tuple(mark), fake, weights)
+            attempt = _Attempt(module, call, tuple(mark), fake, weights, away)
             captured = attempt.by_all_routes()
             if captured is None and call.layout.integers:  # an index, say, which a float64 tensor cannot be
-                attempt = _Attempt(module, call, tuple(mark), fake, weights, whole_numbers=True)
+                attempt = _Attempt(module, call, tuple(mark), fake, weights, away, whole_numbers=True)
                 captured = attempt.by_all_routes()
         finally:
             for _, buffer, version, content in buffers:
@@ -143,10 +150,12 @@ class _Attempt:
         mark: tuple[str, ...],
         fake: bool,
         weights: dict[str, torch.Tensor | None],
+        away: WeightsAway | None = None,
         *,
         whole_numbers: bool = False,
     ) -> None:
         self.module, self.call, self.mark, self.fake, self.weights = module, call, mark, fake, weights
+        self.away = away if not fake else None
         self.whole_numbers = whole_numbers
         self.state = ModuleState.take(module)
         self.failures: list[str] = []
@@ -155,7 +164,7 @@ class _Attempt:
 
     def by_all_routes(self) -> Capture | None:
         """The first route's capture that passes the check."""
-        return self.by("export", trace_by_export) or self.by_opaque_submodules() or self.by("trace", trace_real_tensors)
+        return self.by("export", self._export) or self.by_opaque_submodules() or self.by("trace", self._trace_runs)
 
     def by(self, route: str, trace: _Trace, *, around: AbstractContextManager[None] | None = None) -> Capture | None:
         """The verified capture of one route, or None with the reason noted; the module is as it was either way."""
@@ -165,10 +174,12 @@ class _Attempt:
         try:
             with around or nullcontext():
                 traced = _own_lazy_weights(trace(flat, self.call.tensors), self.module, self.weights)
+                self._check_constants(traced)
                 captured = _finish(flat, traced, route=route, verified=not self.fake)
             if not self.fake:
-                check_against_eager(captured, self.module, self.call)
-        except ArgumentError:
+                with self._fetched():
+                    check_against_eager(captured, self.module, self.call)
+        except (ArgumentError, SwapError):
             raise
         except CaptureMismatchError as error:
             self.mismatch = self.last_error = error
@@ -184,6 +195,34 @@ class _Attempt:
         log.info("capture of %s failed %s", type(self.module).__name__, self.failures[-1])
         return None
 
+    def _fetched(self) -> AbstractContextManager[object]:
+        return self.away.fetched(self.module) if self.away is not None else nullcontext()
+
+    def _run(self) -> None:
+        with self._fetched():
+            self._flat_call()(*self.call.tensors)
+
+    def _export(self, flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Traced:
+        if self.away is None:
+            return trace_by_export(flat, tensors, fake=self.fake)
+        with stand_ins(self.module, tensors, self.away.device) as fakes:
+            return trace_by_export(flat, fakes)
+
+    def _trace_runs(self, flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Traced:
+        with self._fetched():
+            traced = trace_real_tensors(flat, tensors)
+        if self.away is not None:
+            forget_fetches(traced.graph_module.graph)
+        return traced
+
+    def _check_constants(self, traced: Traced) -> None:
+        weights = [weight for weight in self.weights.values() if weight is not None]
+        if self.away is not None and aliases(traced.constants.values(), weights):
+            raise CaptureError(
+                f"{type(self.module).__name__} reads a weight through a tensor that is no parameter or buffer of it, so"
+                f" it would be read where it is kept"
+            )
+
     def _flat_call(self) -> FlatCall:
         return FlatCall(self.module, self.call.layout, self.mark, whole_numbers=self.whole_numbers)
 
@@ -195,8 +234,8 @@ class _Attempt:
             if path is None or path in paths:
                 return None
             paths.append(path)
-            regions = opaque_submodules(self.module, paths, lambda: self._flat_call()(*self.call.tensors))
-            captured = self.by(f"export with {', '.join(paths)} opaque", trace_by_export, around=regions)
+            regions = opaque_submodules(self.module, paths, self._run)
+            captured = self.by(f"export with {', '.join(paths)} opaque", self._export, around=regions)
             if captured is not None:
                 return captured
         return None

@@ -38,6 +38,7 @@ class Homes:
         device: where the module runs.
         tier: page-locked host memory, or a memory-mapped file.
         folder: where files are made; None for the system's folder for temporary files.
+        origin: where the weights are before any is moved; by default where the module runs.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class Homes:
         folder: str | Path | None = None,
         *,
         device: torch.device = _CPU,
+        origin: torch.device | None = None,
     ) -> None:
         self.tier = tier
         self.device = device
+        self.origin = device if origin is None else origin
         self.folder = Path(folder) if folder is not None else Path(tempfile.gettempdir())
         self._weights = weights
         self._arenas: list[Arena] = []
@@ -63,7 +66,7 @@ class Homes:
         Raises:
             SwapError: there is no room at home.
         """
-        return self.adopt_all(map(self._find, names))
+        return self.adopt_all(map(self.weight, names))
 
     def adopt_all(self, weights: Iterable[torch.Tensor]) -> int:
         """As `adopt`, for the weights themselves."""
@@ -81,6 +84,21 @@ class Homes:
                 span.bind(group, block)
             self._drop_empty_arenas()  # weights that were rebound by others (`.to(dtype)`) have left theirs
             return sum(span.num_bytes for span in spans)
+
+    def compute_on(self, device: torch.device, tier: Tier) -> None:
+        """Let the module run on a device from now on, and what leaves it go to a tier; what is at home stays there."""
+        self.device, self.tier = device, tier
+
+    def restore(self) -> None:
+        """Bind every weight to memory of the device that it was on at first.
+
+        Weights that were in host memory while the module computed on an accelerator are in host memory still.
+
+        Raises:
+            SwapError: as `recall`.
+        """
+        if self.tier == "disk" or self.origin.type != "cpu" or self.device.type == "cpu":
+            self.recall(self.origin)
 
     def recall(self, device: torch.device) -> None:
         """Bind every weight that is at home to memory of the device again.
@@ -114,8 +132,18 @@ class Homes:
                 _bind(weights, homes)
 
     def device_of(self, weight: torch.Tensor) -> torch.device:
-        """Where a weight is used: of one that is at home, the module's device."""
-        return self.device if self.is_home(weight) else weight.device
+        """Where a weight is used: of one that is at home, or in host memory as it was at first, the module's device."""
+        return self.device if weight.device == self.origin or self.is_home(weight) else weight.device
+
+    def weight(self, name: str) -> torch.Tensor:
+        """One of the module's weights, as it is now."""
+        table, key = self._table()[name]
+        found: torch.Tensor = table[key]
+        return found
+
+    def all_weights(self) -> list[torch.Tensor]:
+        """The module's weights, as they are now, each once."""
+        return self._all()
 
     def is_home(self, weight: torch.Tensor) -> bool:
         """Whether a weight is bound to its copy at home, be it in an arena that another drop-in of the module made.
@@ -153,11 +181,6 @@ class Homes:
 
     def _table(self) -> WeightTable:
         return self._weights() if callable(self._weights) else self._weights
-
-    def _find(self, name: str) -> torch.Tensor:
-        table, key = self._table()[name]
-        found: torch.Tensor = table[key]
-        return found
 
     def _all(self) -> list[torch.Tensor]:
         found = (table.get(key) for table, key in self._table().values())  # weight norm takes keys away

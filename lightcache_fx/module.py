@@ -21,9 +21,11 @@ from lightcache_fx.capture import capture
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, TransformError
+from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.frames import calls_for_slices, decode_apart
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.outputs import register_distributions
+from lightcache_fx.placement import placement_of
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import Program
@@ -118,7 +120,8 @@ def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
 
     Raises:
         ArgumentError: `module` is no `nn.Module`, `policy` is no `Policy`, or its rates name no parameter of forward.
-        TransformError: it is transformed already, or something has replaced its forward on the instance.
+        TransformError: it is transformed already, something has replaced its forward on the instance, or the policy
+            swaps to a device that there is none of, or that the weights cannot be used from.
         CutError: the policy cuts at a module path that does not exist.
     """
     return transform_component(module, policy, Ledger())
@@ -318,8 +321,8 @@ def plan(
         hardware: what the machine computes and copies in a second; by default as measured here, or as is typical.
 
     Raises:
-        CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError: as the transformed module
-            would on its first call.
+        CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError, TransformError, SwapError: as
+            `transform`, or the transformed module on its first call, would.
     """
     return plan_component(module, args, kwargs, policy, method=method, device=device, hardware=hardware)
 
@@ -351,7 +354,11 @@ def plan_component(
     policy = _policy_for(module, policy, method)
     reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
-    captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
+    call = reader.read(tuple(args), dict(kwargs or {}))
+    placement = placement_of(module, policy)
+    computes_on = placement.device_for(reader.owner, call.tensors)
+    away = WeightsAway(computes_on) if placement.hosted and computes_on.type != "cpu" else None
+    captured = capture(module, call, mark=marked, away=away)
     on_cuda = None if device is None else device == "cuda"
     return with_memory(
         captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware, takes_turns=takes_turns

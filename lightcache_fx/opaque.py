@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightcache_fx.errors import CaptureError
+from lightcache_fx.fetching import WeightsAway
 
 
 @dataclass
@@ -62,7 +63,16 @@ class OpaqueCall(nn.Module):
         """Call the submodule with the tensors where they belong."""
         (region,) = self._region
         args, kwargs = _rebuild(region, tensors)
-        return [leaf for leaf in pytree.tree_leaves(region.module(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        with _fetched_where_away(region):
+            returned = region.module(*args, **kwargs)
+        return [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
+
+
+def _fetched_where_away(region: _Region) -> AbstractContextManager[object]:
+    """Weights that no program reads are in no plan: where they are away, operations of the submodule fetch them."""
+    away = WeightsAway(region.outputs[0][3]) if region.outputs else None
+    weights = (*region.module.parameters(), *region.module.buffers())
+    return away.fetched(region.module) if away is not None and any(map(away.is_away, weights)) else nullcontext()
 
 
 def _rebuild(region: _Region, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:

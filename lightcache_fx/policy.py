@@ -258,6 +258,9 @@ class Swap(_Settings):
         folder: where the file is made; None for the system's folder for temporary files.
         prefetch: whether copies begin ahead of time. Without, each begins when it is needed and computing waits for it,
             as simple offloading does; to compare.
+        device: where a module computes whose weights are in host memory: `cuda`, `cuda:1` or `cpu`. None computes where
+            the weights are or, where they are in host memory, on the accelerator that the call's tensors are on. A
+            pipeline makes its own tensors: where its modules are in host memory, it must be told.
     """
 
     budget: Budget | None = None
@@ -266,9 +269,19 @@ class Swap(_Settings):
     to: Literal["host", "disk"] | None = None
     folder: str | None = None
     prefetch: bool = True
+    device: str | None = None
+
+    @pydantic.field_validator("device", mode="before")
+    @classmethod
+    def _read_device(cls, value: object) -> object:
+        if value is not None and re.fullmatch(r"cpu|cuda(:\d+)?", str(value)) is None:
+            raise ValueError(f"expected a device to swap to, 'cuda', 'cuda:1' or 'cpu', got {str(value)!r}")
+        return None if value is None else str(value)  # a torch.device reads as its name
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> Self:
+        if self.device is not None and not self.weights:
+            raise ValueError("device is where weights are fetched to, and weights=False fetches none: leave one out")
         if not (self.weights or self.features):
             raise ValueError("weights=False and features=False leave nothing to swap; leave `swap` out instead")
         if self.folder is not None and self.to == "host":
@@ -341,6 +354,10 @@ class Policy(_Settings):
     def is_about_memory(self) -> bool:
         """Whether anything is asked of every module of a pipeline: where its weights are."""
         return self.swap is not None or self.memory_budget is not None
+
+    def swaps_weights(self) -> bool:
+        """Whether weights may be elsewhere than where the module computes."""
+        return self.memory_budget is not None if self.swap is None else self.swap.weights
 
     def frames_at_a_time(self) -> int | None:
         """How many frames an autoencoder takes at a time; None where a budget, or nothing, decides."""

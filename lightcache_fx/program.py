@@ -202,14 +202,13 @@ class BoundProgram:
         resident: frozenset[str] = frozenset(),
     ) -> None:
         self.program = program
-        self.resident = resident
         self._tables = weight_slots(module)
         index = {name: i for i, name in enumerate(user_names)}
         self._weights = [self._tables[i.name] for i in program.inputs if i.kind == "weight"]
         keys: dict[str, Mapping[str, Any]] = {"constant": constants, "user": index}
         nodes = placeholders(program.graph_module.graph)
-        self._sources: list[tuple[str, Any, torch.Tensor]] = [
-            (_source_kind(node, resident), keys[i.kind][i.name] if i.kind in keys else i.name, node.meta["val"])
+        self._keys: list[tuple[fx.Node, Any]] = [
+            (node, keys[i.kind][i.name] if i.kind in keys else i.name)
             for node, i in zip(nodes, program.inputs, strict=True)
         ]
         self.user_inputs = [index[i.name] for i in program.inputs if i.kind == "user"]
@@ -223,9 +222,21 @@ class BoundProgram:
         self.slots_read = {i.name for i in program.inputs if i.kind == "slot" and i.name not in self._of_others} | {
             stay.name for stay in program.transfers.stays if stay.kind == "slot" and stay.branch is None
         }
-        self._residents = [place for place, (kind, _, _) in enumerate(self._sources) if kind == "resident"]
-        self.wanted = resident | {i.name for i in program.inputs if i.kind == "copy"}
         self._run = program.graph_module.forward
+        self.keep_resident(resident)
+
+    def keep_resident(self, names: frozenset[str]) -> None:
+        """Let copies of these weights, and of no others, stay on the device as long as the model is there."""
+        self.resident = names
+        self._sources: list[tuple[str, Any, torch.Tensor]] = [
+            (_source_kind(node, names), key, node.meta["val"]) for node, key in self._keys
+        ]
+        self.wanted = names | {i.name for i in self.program.inputs if i.kind == "copy"}
+
+    def elsewhere(self, resident: frozenset[str]) -> set[str]:
+        """Weights that are not where the program computes, and that it would read as they are, were those resident."""
+        read = [(name, node.meta["val"]) for node, name in self._keys if _source_kind(node, resident) == "weight"]
+        return {name for name, like in read if self._weight(name).device != like.device}
 
     def weights(self) -> list[torch.Tensor]:
         """The weights that the program reads, as they are now, but for those that are handed over."""
@@ -236,9 +247,11 @@ class BoundProgram:
     ) -> list[torch.Tensor]:
         """Run once; what the program returns beside the model's outputs goes into the stores."""
         stores.weight_copies.keep_only(self.wanted)
-        args = [self._argument(kind, key, like, tensors, stores, moment) for kind, key, like in self._sources]
-        for place in self._residents:  # all of them have been begun by now
-            WAIT(args[place])
+        sources = self._sources
+        args = [self._argument(kind, key, like, tensors, stores, moment) for kind, key, like in sources]
+        for place, (kind, _, _) in enumerate(sources):
+            if kind == "resident":  # all of them have been begun by now
+                WAIT(args[place])
         versions = {
             name: version_of(self._weight(name)) for name in self.program.transfers.copies if name in self.fetched
         }

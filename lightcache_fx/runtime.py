@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lightcache_fx.arena import is_dense
 from lightcache_fx.budgets import for_branches, with_memory
@@ -18,9 +19,11 @@ from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
+from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.homes import Homes, Tier
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.outputs import register_distributions
+from lightcache_fx.placement import placement_of, weights_fit
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy, Swap
 from lightcache_fx.program import BoundProgram, Moment, Program, build_programs
@@ -63,6 +66,16 @@ class Compiled:
         """Of the model."""
         return self.signature.capture
 
+    def note_places(self) -> None:
+        """Keep copies on the device, while the model is there, of what the plan keeps there and what is elsewhere."""
+        swap = self.plan.swap
+        resident = swap.resident if swap is not None else frozenset[str]()
+        once = resident if swap is not None and swap.keeps_residents else frozenset[str]()
+        planned = {name: once if name == "prologue" else resident for name in self.bound}
+        elsewhere = frozenset[str]().union(*(program.elsewhere(planned[name]) for name, program in self.bound.items()))
+        for name, program in self.bound.items():
+            program.keep_resident(planned[name] | elsewhere)
+
 
 class Ledger(threading.local):
     """Of models that share a device, which one has copies of weights there: each thread's last one called.
@@ -83,11 +96,21 @@ class Ledger(threading.local):
 
 
 def homes_of(module: nn.Module, policy: Policy) -> Homes:
-    """Where a module's weights are kept while they are away: on disk for one that runs on the CPU, unless told so."""
+    """Where a module's weights are kept while they are away: on disk for one that runs on the CPU, unless told so.
+
+    Raises:
+        TransformError: as `placement_of`.
+    """
+    placement, swap = placement_of(module, policy), policy.swap or Swap()
     on_cpu = all(weight.device.type == "cpu" for weight in (*module.parameters(), *module.buffers()))
-    swap, device = policy.swap or Swap(), next((w.device for w in module.parameters()), torch.device("cpu"))
-    tier: Tier = swap.to or ("disk" if on_cpu else "host")
-    return Homes(lambda: weight_slots(module), tier, swap.folder, device=device)
+    tier = _tier(policy, on_cpu=on_cpu and placement.device.type == "cpu")
+    return Homes(
+        lambda: weight_slots(module), tier, swap.folder, device=placement.device, origin=placement.origin
+    )  # fmt: skip
+
+
+def _tier(policy: Policy, *, on_cpu: bool) -> Tier:
+    return (policy.swap or Swap()).to or ("disk" if on_cpu else "host")
 
 
 class _PerThread(threading.local):
@@ -110,6 +133,7 @@ class Runtime:
     Raises:
         ArgumentError: the policy's rates name a parameter that `forward` does not have.
         CutError: the policy cuts at a module path that does not exist.
+        TransformError: the policy swaps to a device that there is none of, or that the weights cannot be used from.
     """
 
     def __init__(
@@ -130,6 +154,7 @@ class Runtime:
         self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
         self.counts: Counter[str] = Counter()
         self.homes = homes or homes_of(module, policy)
+        self._placement = placement_of(module, policy)
         self._ledger = ledger or Ledger()
         self._may_stay_eager = may_stay_eager
         self._uncaptured: str | None = None
@@ -145,6 +170,7 @@ class Runtime:
     def __call__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """One denoiser call: place it in its run, run the program that the schedule asks for, keep what it returns."""
         with CAPTURE_LOCK.running(), torch.no_grad():
+            self._place((args, kwargs))
             if self._uncaptured is not None:
                 return self._run_eagerly(args, kwargs)
             try:
@@ -182,6 +208,7 @@ class Runtime:
 
     def compile(self, call: Call) -> Compiled:
         """The programs for a call's signature, captured and built when it is new."""
+        self._place(call.tensors)  # `decode_frames` compiles what it does not call
         with CAPTURE_LOCK.running():
             found = self._known(call)
         if found is None:
@@ -189,9 +216,35 @@ class Runtime:
                 found = self._known(call) or self._keep(self._build(call))
         return found
 
+    @property
+    def _is_away(self) -> bool:
+        """Whether the weights stay in host memory, and the module computes on an accelerator."""
+        return self._placement.hosted and self.homes.device.type != "cpu"
+
+    def _place(self, arguments: object) -> None:
+        """Compute where weights that are in host memory are fetched to for these arguments."""
+        if not self._placement.hosted:
+            return
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+        device = self._placement.device_for(self.reader.owner, tensors)
+        if device != self.homes.device:
+            self.tracker.reset()
+            with self._lock:
+                self.homes.compute_on(device, _tier(self.policy, on_cpu=device.type == "cpu"))
+                self._state = ModuleState.take(self.module, self.homes.device_of)
+
+    def _notice_moves(self) -> None:
+        """A module that was in host memory may have been moved by its user, and is where it was moved to then."""
+        if self._placement.hosted:
+            self._placement = placement_of(self.module, self.policy)
+            if not self._placement.hosted:
+                self.homes.origin = self._placement.origin
+        self._note_places()
+
     def _known(self, call: Call) -> Compiled | None:
         with self._lock:
             if not self._state.unchanged():
+                self._notice_moves()
                 self._state = ModuleState.take(self.module, self.homes.device_of)
             key = (call.layout, self._state.key)
             found = self.compiled.get(key)
@@ -212,9 +265,11 @@ class Runtime:
         return made
 
     def _build(self, call: Call) -> Compiled:
-        if self.homes.device.type != "cpu":
+        away = self._left_away()
+        if away is None and self.homes.device.type != "cpu":
             self.homes.recall(self.homes.device)  # to be run as it is, beside the capture
-        captured = capture(self.module, call, mark=self.marked)
+            self._note_places()
+        captured = capture(self.module, call, mark=self.marked, away=away)
         signature = Signature(captured, make_plan(captured, self.policy, self.module), self._state)
         plan = with_memory(captured, signature.plan, takes_turns=self._ledger.is_shared)
         for note in plan.notes:
@@ -256,15 +311,25 @@ class Runtime:
         captured = signature.capture
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
-        resident = plan.swap.resident if plan.swap is not None else frozenset()
-        once = resident if plan.swap is not None and plan.swap.keeps_residents else frozenset[str]()
         bound = {
-            name: BoundProgram(
-                program, self.module, captured.constants, names, once if name == "prologue" else resident
-            )
-            for name, program in programs.items()
+            name: BoundProgram(program, self.module, captured.constants, names) for name, program in programs.items()
         }
-        return Compiled(signature, plan, programs, bound)
+        made = Compiled(signature, plan, programs, bound)
+        made.note_places()
+        return made
+
+    def _left_away(self) -> WeightsAway | None:
+        """What a capture leaves where it is: the weights of a module in host memory, and those that would not fit."""
+        device = self.homes.device
+        if device.type == "cpu" or not self.policy.swaps_weights():
+            return None
+        fits = not self._placement.hosted and weights_fit(self.homes.all_weights(), device, self.policy)
+        return None if fits else WeightsAway(device)
+
+    def _note_places(self) -> None:
+        for first in list(self.compiled.values()):
+            for compiled in list(first.signature.compiled.values()):
+                compiled.note_places()
 
     def _bring_home(self, planned: frozenset[str]) -> None:
         """Move weights to where they are kept; where models take turns, large ones that no program reads as well."""
@@ -273,7 +338,17 @@ class Runtime:
             read = {i.name for c in self.compiled.values() for p in c.programs.values() for i in p.inputs}
             large = (n for n, w in self.module.named_parameters() if w.nbytes >= SMALLEST and is_dense(w))
             weights |= {name for name in large if name not in read}
-        self.homes.adopt(weights)
+        if self.homes.adopt(weights):
+            self._note_places()
+
+    def _kept_at_home(self, compiled: Compiled) -> frozenset[str]:
+        """What the programs of a call want at home before they run."""
+        swap = compiled.plan.swap
+        planned = swap.weights if swap is not None else frozenset[str]()
+        if self._is_away:  # copied from page-locked memory, beside computing
+            kept = frozenset[str]().union(*(program.resident for program in compiled.bound.values()))
+            planned |= {name for name in kept if is_dense(self.homes.weight(name))}
+        return planned
 
     def _locate(self, call: Call, compiled: Compiled) -> Position:
         group = (compiled.signature, current_branch())
@@ -325,10 +400,11 @@ class Runtime:
         """Weights are where the programs expect them: at home, or all of them on the device."""
         before, self._local.ran_last = self._local.ran_last, compiled
         swap, other = compiled.plan.swap, before is not compiled
-        if swap is not None and (position.begins_run or other):
-            self._bring_home(swap.weights)
+        if (swap is not None or self._is_away) and (position.begins_run or other):
+            self._bring_home(self._kept_at_home(compiled))
         elif swap is None and before is not None and other and before.plan.swap is not None:
             self.homes.recall(self.homes.device)
+            self._note_places()
 
     def _call_of_period(self, compiled: Compiled, position: Position, num_steps: int | None, place: int) -> int:
         """The call of the plan's period that this one is like: full wherever there is doubt, or nothing to reuse.
@@ -364,9 +440,9 @@ class Runtime:
         self.counts["prologue"] += 1
 
     def recall(self) -> None:
-        """Bring every weight that is kept elsewhere back to the device, and forget the copies there."""
+        """Bring every weight that is kept elsewhere back to where it was, and forget the copies on the device."""
         self.tracker.reset()
-        self.homes.recall(self.homes.device)
+        self.homes.restore()
 
     def kept_bytes(self) -> int:
         """Bytes of the slots that the calling thread holds now."""

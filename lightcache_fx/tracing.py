@@ -106,8 +106,14 @@ class Traced:
     constants: dict[str, torch.Tensor]
 
 
-def trace_by_export(flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Traced:
-    """`torch.export`, non-strict; functionalised only where the model writes in place."""
+def trace_by_export(flat: FlatCall, tensors: tuple[torch.Tensor, ...], *, fake: bool = False) -> Traced:
+    """`torch.export`, non-strict; functionalised only where the model writes in place.
+
+    Args:
+        flat: the model; its weights may be fake.
+        tensors: of the call; likewise.
+        fake: whether constants may be fake too, because nothing will ever be computed with them.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, strict=False)
@@ -127,7 +133,7 @@ def trace_by_export(flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Traced
         elif spec.kind is ExportInput.CONSTANT_TENSOR:
             name = str(spec.target).removeprefix(f"{WRAPPER}.")
             value = program.constants[str(spec.target)]
-            if isinstance(value, FakeTensor) and not isinstance(tensors[0], FakeTensor):
+            if isinstance(value, FakeTensor) and not fake:
                 raise CaptureError(
                     f"tensor constant {name} was made inside forward from Python data and has no value in the trace"
                 )

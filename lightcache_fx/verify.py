@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import Call, InputLeaf
-from lightcache_fx.errors import CaptureMismatchError
+from lightcache_fx.errors import CaptureMismatchError, LightcacheError
 from lightcache_fx.graphs import input_of, placeholders
 from lightcache_fx.module_state import weight_slots
 
@@ -84,6 +84,8 @@ def _eager(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> li
     """The eager model's output tensors; None when it does not accept varied inputs."""
     try:
         output = call.run(module, [t.clone() for t in tensors])
+    except LightcacheError:  # nothing that other inputs are to blame for
+        raise
     except (RuntimeError, ValueError, IndexError):
         if all(a is b for a, b in zip(tensors, call.tensors, strict=True)):
             raise

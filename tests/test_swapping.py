@@ -66,6 +66,10 @@ def unswapped(asked: Policy) -> Policy:
     return asked.model_copy(update={"swap": None, "memory_budget": None})
 
 
+def wait_for_copies() -> None:
+    transfers.WAIT(transfers.PREFETCH(torch.ones(1), torch.device("cpu"), "behind all that is under way"))
+
+
 def swap_of(model: nn.Module) -> SwapSchedule:
     swap = lc.inspect(model).plan.swap
     assert swap is not None
@@ -376,6 +380,7 @@ def test_arenas_go_with_the_weights_in_them() -> None:
     swapped = lc.transform(model, policy("60%"))
     sizes = []
     for dtype in (torch.float32, torch.float64, torch.float32, torch.float64, torch.float32):
+        wait_for_copies()  # one that is under way holds the memory that it reads
         swapped.to(dtype)
         with torch.no_grad():
             swapped(latent(0).to(dtype), torch.tensor(900.0), prompt(0).to(dtype))
@@ -430,7 +435,7 @@ def test_a_copy_that_fails(failing: dict[str, int], at: int) -> None:
     swapped, plain = (lc.transform(module, asked) for module, asked in
                       ((model, policy("40%")), (Tower(), unswapped(policy()))))  # fmt: skip
     generate(swapped)
-    transfers.WAIT(transfers.PREFETCH(torch.ones(1), torch.device("cpu"), "behind all that is under way"))
+    wait_for_copies()
     failing["left"] = at
     with pytest.raises(
         SwapError, match=r"cannot copy \S+ \(.*B\) (to|from) the device: input/output error; it is intact"

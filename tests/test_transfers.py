@@ -672,6 +672,16 @@ def test_streams_what_a_copy_needs_is_held_until_it_has_ended(cuda: Cuda) -> Non
     assert [ref() for ref in died] == [None, None]
 
 
+def test_streams_the_memory_of_a_weight_is_held_though_it_is_bound_to_other_memory(cuda: Cuda) -> None:
+    home = x()
+    memory = weakref.ref(home.untyped_storage())
+    arriving = PREFETCH(home, CPU, "w")
+    home.data = x(dtype=torch.float64)
+    assert memory() is not None
+    cuda.run()
+    assert torch.equal(arriving, x())
+
+
 def test_streams_the_host_side_is_held_though_computing_waits_for_it(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
