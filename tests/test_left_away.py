@@ -77,11 +77,15 @@ def inputs(step: int = 0, batch: int = 2) -> list[torch.Tensor]:
     return [latent(step, batch), torch.tensor(900.0 - 100 * step), prompt(0, batch)]
 
 
-def generate(model: nn.Module, on: torch.device = CPU, batch: int = 2) -> list[torch.Tensor]:
+def generate(
+    model: nn.Module, on: torch.device = CPU, batch: int = 2, prompts: Sequence[int] = (0,)
+) -> list[torch.Tensor]:
+    conditions = [prompt(number, batch).to(on) for number in prompts]
     outputs = []
     with torch.no_grad(), lc.marked_run(NUM_STEPS):
         for step in range(NUM_STEPS):
-            outputs.append(model(*(tensor.to(on) for tensor in inputs(step, batch))))
+            call = [tensor.to(on) for tensor in inputs(step, batch)[:2]]
+            outputs += [model(*call, condition) for condition in conditions]
             lc.step_done()
     return outputs
 
@@ -91,8 +95,8 @@ def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor])
     assert [tensor.cpu().tolist() for tensor in found] == [tensor.tolist() for tensor in expected]
 
 
-def expected_of(model: nn.Module, **batch: int) -> list[torch.Tensor]:
-    return generate(lc.transform(copy.deepcopy(model), Policy(cache=CACHE)), **batch)
+def expected_of(model: nn.Module, **asked: Any) -> list[torch.Tensor]:
+    return generate(lc.transform(copy.deepcopy(model), Policy(cache=CACHE)), **asked)
 
 
 def capture_away(model: nn.Module, *tensors: torch.Tensor) -> Capture:
@@ -446,6 +450,18 @@ def test_a_model_larger_than_the_device(device: PretendDevice, settings: dict[st
     del found
     lc.reset(swapped)
     assert device.num_bytes == before
+
+
+def test_guidance_in_several_calls(device: PretendDevice) -> None:
+    """Planned anew from the capture that was made first, whose weights are at home by then."""
+    model = Tower()
+    expected = {prompts: expected_of(model, prompts=prompts) for prompts in ((0,), (0, 1))}
+    swapped = lc.transform(model, Policy(cache=CACHE, memory_budget=BUDGET))
+    for prompts in ((0,), (0, 1), (0,), (0, 1)):
+        assert_same(generate(swapped, DEVICE, prompts=prompts), expected[prompts])
+        assert lc.inspect(swapped).plan.branches == len(prompts)
+    (found,) = swapped._lightcache.runtime.compiled.values()
+    assert sorted(found.signature.compiled) == [1, 2]
 
 
 def test_its_module_stays_in_host_memory(device: PretendDevice) -> None:
