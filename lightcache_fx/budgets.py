@@ -22,7 +22,7 @@ from lightcache_fx.policy import Swap
 from lightcache_fx.program import modules_of, whole_graphs
 from lightcache_fx.simulator import simulate
 from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
-from lightcache_fx.swap_transfers import leaving_after_use, places_of_slots, transfers_of, when_needed
+from lightcache_fx.swap_transfers import leaving_after_use, places_of_slots, taken_at_begin, transfers_of, when_needed
 from lightcache_fx.swapping import (
     SwapSchedule,
     fixed_inputs,
@@ -220,6 +220,8 @@ def with_swaps(
         found = replace(found, residence=residence, simulation=simulation, resident_bytes=resident)
     prologue, keeps_residents = _prologue_transfers(plan.model, period, found)
     transfers = transfers_of(found.residence, cycle, period.branches)
+    if not cycle.cyclic and swap.prefetch:
+        transfers = tuple(taken_at_begin(of_call, cycle) for of_call in transfers)
     tier: Tier = swap.to or ("host" if period.on_cuda else "disk")
     whole = cycle.seconds if whole_seconds is None else whole_seconds
     schedule = SwapSchedule(
@@ -254,7 +256,7 @@ def _prologue_transfers(model: str, period: _Period, found: SwapPlan) -> tuple[T
         beside, keeps_residents = _beside(period.prologue, slots), False
         once = _planned(model, beside, found.budget, link)
     (transfers,) = transfers_of(leaving_after_use(once.residence, beside), beside)
-    return transfers, keeps_residents
+    return taken_at_begin(transfers, beside), keeps_residents
 
 
 def _slot_bytes_between(residence: Residence, cycle: Workload, branches: int) -> int:

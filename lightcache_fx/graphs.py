@@ -18,7 +18,7 @@ from lightcache_fx.policy import Rate
 
 _UNBOUNDED = 2**40
 
-InputKind = Literal["weight", "constant", "user", "slot", "hoisted", "copy", "home"]
+InputKind = Literal["weight", "constant", "user", "slot", "hoisted", "copy", "home", "next"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class GraphInput:
     Attributes:
         kind: a weight (parameter or buffer), a tensor constant of the capture, a tensor of the call, a cached value of
             an earlier step, a value computed once a generation, the device's copy of a weight or slot that is kept
-            elsewhere, whose memory the program frees, or the buffer that a slot is sent away to.
+            elsewhere, whose memory the program frees, the buffer that a slot is sent away to, or a weight of the model
+            that runs next.
         name: full weight name, argument name, slot name or hoisted value's name.
         rate: how often it can change.
     """

@@ -24,13 +24,14 @@ from lightcache_fx.errors import ArgumentError, TransformError
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.frames import calls_for_slices, decode_apart
 from lightcache_fx.hardware import Hardware
+from lightcache_fx.ledger import Ledger
 from lightcache_fx.outputs import register_distributions
 from lightcache_fx.placement import placement_of
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import Program
 from lightcache_fx.runs import branch_name
-from lightcache_fx.runtime import Ledger, Runtime, homes_of
+from lightcache_fx.runtime import Runtime, homes_of
 from lightcache_fx.views import second_view
 
 M = TypeVar("M", bound=nn.Module)

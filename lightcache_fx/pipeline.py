@@ -16,10 +16,10 @@ from torch import nn
 
 from lightcache_fx.calls import default_rate
 from lightcache_fx.errors import ArgumentError, TransformError, nearest
+from lightcache_fx.ledger import Ledger
 from lightcache_fx.module import TransformedModule, is_autoencoder, restore_module, runtime_of, transform_component
 from lightcache_fx.policy import Policy
 from lightcache_fx.runs import current_run, marked_run, step_done
-from lightcache_fx.runtime import Ledger
 from lightcache_fx.views import second_view
 
 P = TypeVar("P")
@@ -29,6 +29,7 @@ P = TypeVar("P")
 class _AddedPipeline:
     original: Any
     components: tuple[str, ...]
+    ledger: Ledger
 
 
 class MarkedScheduler:
@@ -95,7 +96,7 @@ def transform_pipeline(pipe: P, policy: Policy, components: Sequence[str] | None
     transformed = {name: _transformed(modules[name], policy, ledger) for name in names}
     copy = object.__new__(type(pipe))
     vars(copy).update(vars(pipe))
-    view = second_view(copy, _pipeline_mixin(type(pipe)), _AddedPipeline(pipe, tuple(names)))
+    view = second_view(copy, _pipeline_mixin(type(pipe)), _AddedPipeline(pipe, tuple(names), ledger))
     for name, module in transformed.items():
         setattr(view, name, module)
     return view
@@ -156,7 +157,7 @@ def _pipeline_mixin(cls: type) -> type:
     @functools.wraps(original_call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - a method made outside its class
         _mark_scheduler(self)
-        with marked_run():
+        with marked_run(), self._lightcache.ledger.generation():
             return original_call(self, *args, **kwargs)
 
     namespace: dict[str, Any] = {"__slots__": (), "__call__": __call__}

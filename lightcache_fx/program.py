@@ -25,7 +25,7 @@ from lightcache_fx.passes.remove_marks import remove_marks
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan
-from lightcache_fx.stores import SLOT, Stores, version_of
+from lightcache_fx.stores import SLOT, Copies, Stores, version_of
 from lightcache_fx.transfers import PREFETCH, WAIT
 
 
@@ -38,7 +38,8 @@ class Program:
         graph_module: the graph; its placeholders carry `GraphInput` bindings.
         inputs: the bindings in order.
         num_outputs: how many of the returned tensors are the model's; the rest is state.
-        state: what the rest is, in order: a slot, or the device's copy of a weight or slot that is kept elsewhere.
+        state: what the rest is, in order: a slot, the device's copy of a weight or slot that is kept elsewhere, or that
+            of a weight of the model that runs next.
         transfers: what it copies to and from the device.
     """
 
@@ -46,7 +47,7 @@ class Program:
     graph_module: fx.GraphModule
     inputs: tuple[GraphInput, ...]
     num_outputs: int
-    state: tuple[tuple[Literal["slot", "copy", "hoisted"], str], ...] = ()
+    state: tuple[tuple[Literal["slot", "copy", "hoisted", "next"], str], ...] = ()
     transfers: Transfers = field(default_factory=Transfers)
 
     @property
@@ -71,25 +72,60 @@ def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
     Where weights are swapped, steps that copy at other moments have programs of their own: `reuse`, `reuse_2`, ...
     """
     programs = {}
-    inputs = placeholders(capture.graph_module.graph)
-    others = {("weight", input_of(n).name): n.meta["val"] for n in inputs if input_of(n).kind == "weight"}
     graphs = whole_graphs(capture, plan)
-    for node in outputs(graphs["full"]):
-        if isinstance(node, fx.Node) and "lightcache_slot" in node.meta:
-            slot = node.meta["lightcache_slot"]
-            others |= {("slot", f"{slot}@{branch}"): node.meta["val"] for branch in range(plan.branches)}
+    others = _fetchable(capture, plan, graphs["full"])
     for name, graph in graphs.items():
         if name in plan.chunks:
             plan.chunks[name].chunking.apply(graph)
         for variant, transfers in _variants(plan, name):
             copied, _ = copy_graph(graph)
-            run_passes(
-                copied,
-                [("insert_transfers", partial(insert_transfers, plan=transfers, others=others))],
-                keeps_outputs=False,
-            )
-            programs[variant] = _program(variant, capture, copied, transfers, plan)
+            programs[variant] = _with_transfers(variant, capture, copied, transfers, plan, others)
     return programs
+
+
+def build_last(
+    capture: Capture, plan: Plan, base: str, name: str, transfers: Transfers, following: Mapping[str, torch.Tensor]
+) -> Program:
+    """A program that fetches for another model as well, which runs next.
+
+    Args:
+        capture: of the model.
+        plan: of the model.
+        base: `full` or `reuse`.
+        name: of the program.
+        transfers: what it copies.
+        following: fake tensors like the weights of the other model that it fetches, by name.
+    """
+    graphs = whole_graphs(capture, plan)
+    others = _fetchable(capture, plan, graphs["full"]) | {("next", key): like for key, like in following.items()}
+    if base in plan.chunks:
+        plan.chunks[base].chunking.apply(graphs[base])
+    return _with_transfers(name, capture, graphs[base], transfers, plan, others)
+
+
+def _fetchable(capture: Capture, plan: Plan, full: fx.Graph) -> dict[tuple[str, str], torch.Tensor]:
+    """Fake tensors like all that a program may fetch without reading it, by kind and name."""
+    inputs = placeholders(capture.graph_module.graph)
+    found = {("weight", input_of(n).name): n.meta["val"] for n in inputs if input_of(n).kind == "weight"}
+    for node in outputs(full):
+        if isinstance(node, fx.Node) and "lightcache_slot" in node.meta:
+            slot = node.meta["lightcache_slot"]
+            found |= {("slot", f"{slot}@{branch}"): node.meta["val"] for branch in range(plan.branches)}
+    return found
+
+
+def _with_transfers(
+    name: str,
+    capture: Capture,
+    graph: fx.Graph,
+    transfers: Transfers,
+    plan: Plan,
+    others: Mapping[tuple[str, str], torch.Tensor],
+) -> Program:
+    """A program of a graph, which is changed in place."""
+    insert = partial(insert_transfers, plan=transfers, others=others)
+    run_passes(graph, [("insert_transfers", insert)], keeps_outputs=False)
+    return _program(name, capture, graph, transfers, plan)
 
 
 def _variants(plan: Plan, name: str) -> Iterable[tuple[str, Transfers]]:
@@ -131,8 +167,8 @@ def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, P
 
 
 def _is_weight(given: GraphInput, program: Program) -> bool:
-    kinds = {stay.name: stay.kind for stay in program.transfers.stays}
-    return given.kind == "weight" or (given.kind == "copy" and kinds[given.name] == "weight")
+    fetched = {stay.name for stay in program.transfers.stays if stay.kind == "weight"}
+    return given.kind == "weight" or (given.kind == "copy" and given.name in fetched)
 
 
 def _program(name: str, capture: Capture, graph: fx.Graph, transfers: Transfers, plan: Plan) -> Program:
@@ -146,6 +182,7 @@ def _program(name: str, capture: Capture, graph: fx.Graph, transfers: Transfers,
             state = [("copy" if slot in kept else "slot", slot) for slot in slots] + copies
         case _:
             state = copies
+    state += [("next", weight) for weight in transfers.for_next]
     if transfers.moves:
         graph.set_codegen(BoxedCodeGen())
     graph_module = fx.GraphModule(modules_of(capture, graph), graph, class_name=name.capitalize())
@@ -172,11 +209,15 @@ class Moment:
         peers: what the guidance branches of its step keep, by their places in the step.
         calls_left: how many calls of the model follow in the run, where that is known.
         is_last_step: whether its branch is known not to be called again.
+        following: the program that is expected to run next, of another model.
+        handed: takes the copies that are fetched for it.
     """
 
     peers: Sequence[Stores] = ()
     calls_left: int | None = None
     is_last_step: bool = False
+    following: BoundProgram | None = None
+    handed: Copies | None = None
 
 
 _NOWHERE = Moment()
@@ -214,7 +255,7 @@ class BoundProgram:
         self.user_inputs = [index[i.name] for i in program.inputs if i.kind == "user"]
         self.fetched = {stay.name for stay in program.transfers.stays if stay.kind == "weight"}
         self._of_others = {stay.name: stay for stay in program.transfers.stays if stay.branch is not None}
-        self._ahead = {stay.name: stay.ahead for stay in program.transfers.stays if stay.is_for_later}
+        self._ahead = {s.name: s.ahead for s in program.transfers.stays if s.is_for_later and s.kind != "next"}
         self._sent_away = {slot.name for slot in program.transfers.made if slot.release is not None}
         again = {stay.name for stay in program.transfers.stays if stay.prefetch is not None and stay.reads}
         self._only_for_later = self._sent_away - again
@@ -236,7 +277,17 @@ class BoundProgram:
     def elsewhere(self, resident: frozenset[str]) -> set[str]:
         """Weights that are not where the program computes, and that it would read as they are, were those resident."""
         read = [(name, node.meta["val"]) for node, name in self._keys if _source_kind(node, resident) == "weight"]
-        return {name for name, like in read if self._weight(name).device != like.device}
+        return {name for name, like in read if self.weight(name).device != like.device}
+
+    def first_needs(self) -> dict[str, torch.Tensor]:
+        """Fake tensors like the weights whose copies a call finds on the device as it begins, in order of first use."""
+        order = {node: place for place, node in enumerate(self.program.graph_module.graph.nodes)}
+        found = [
+            (min(order[user] for user in node.users), name, like)
+            for (node, _), (kind, name, like) in zip(self._keys, self._sources, strict=True)
+            if node.users and (kind == "resident" or (kind == "copy" and name in self.fetched))
+        ]
+        return {name: like for _, name, like in sorted(found, key=lambda entry: entry[0])}
 
     def weights(self) -> list[torch.Tensor]:
         """The weights that the program reads, as they are now, but for those that are handed over."""
@@ -253,7 +304,11 @@ class BoundProgram:
             if kind == "resident":  # all of them have been begun by now
                 WAIT(args[place])
         versions = {
-            name: version_of(self._weight(name)) for name in self.program.transfers.copies if name in self.fetched
+            name: version_of(self.weight(name)) for name in self.program.transfers.copies if name in self.fetched
+        }
+        following = moment.following
+        versions_of_next = {
+            name: version_of(following.weight(name)) for name in self.program.transfers.for_next if following
         }
         results = list(self._run(args) if self.program.transfers.moves else self._run(*args))
         del args
@@ -266,6 +321,9 @@ class BoundProgram:
                     stores.put_slot(name, value, at_home=name in self._sent_away)
             elif not value.numel():
                 continue  # fetched for nobody
+            elif kind == "next":
+                assert moment.handed is not None
+                moment.handed.put(name, value, versions_of_next[name])
             elif name in self.fetched:
                 stores.weight_copies.put(name, value, versions[name])
             elif name in self._of_others:
@@ -280,7 +338,7 @@ class BoundProgram:
         if moment.calls_left is not None and self._ahead[name] > moment.calls_left:
             pass
         elif name in self.fetched:
-            found = self._weight(name)
+            found = self.weight(name)
         elif name not in self._of_others:
             found = stores.slots[name]
         elif self._of_others[name].branch in range(len(moment.peers)):
@@ -297,7 +355,7 @@ class BoundProgram:
     def _passing(self, name: str, stores: Stores) -> torch.Tensor:
         """A copy on its way to a later call; where it is not, that call fetches it if it comes."""
         if name in self.fetched:
-            copy = stores.weight_copies.take(name, version_of(self._weight(name)))
+            copy = stores.weight_copies.take(name, version_of(self.weight(name)))
         else:
             copy = stores.slot_copies.take(name, SLOT)
         return torch.empty(0) if copy is None else copy
@@ -313,13 +371,15 @@ class BoundProgram:
     ) -> torch.Tensor:
         match kind:
             case "weight":
-                return self._weight(key)
+                return self.weight(key)
             case "away":
-                return self._weight(key) if key in self.fetched else stores.slots[key]
+                return self.weight(key) if key in self.fetched else stores.slots[key]
             case "later":
                 return self._for_later(key, stores, moment)
             case "passing":
                 return self._passing(key, stores)
+            case "next":
+                return _as_planned(moment.following, key, like)
             case "resident":
                 return self._resident(key, like, stores)
             case "copy":
@@ -339,17 +399,18 @@ class BoundProgram:
                 found = key
         return found
 
-    def _weight(self, name: str) -> torch.Tensor:
+    def weight(self, name: str) -> torch.Tensor:
+        """A weight of the module, as it is now."""
         table, key = self._tables[name]
-        weight: torch.Tensor = table[key]
-        return weight
+        found: torch.Tensor = table[key]
+        return found
 
     def _copy(self, name: str, like: torch.Tensor, stores: Stores) -> torch.Tensor:
         """The device's copy of a weight or slot, handed over or begun now; nobody else holds it afterwards."""
         if name not in self.fetched:
             copy, source = stores.slot_copies.take(name, SLOT), stores.slots.get(name)
         else:
-            source = self._weight(name)
+            source = self.weight(name)
             copy = stores.weight_copies.take(name, version_of(source))
         if copy is not None:
             return copy
@@ -360,12 +421,20 @@ class BoundProgram:
 
     def _resident(self, name: str, like: torch.Tensor, stores: Stores) -> torch.Tensor:
         """The device's copy of a weight that is there as long as the model is; it stays in the stores."""
-        weight = self._weight(name)
+        weight = self.weight(name)
         version = version_of(weight)
         copy = stores.weight_copies.take(name, version)
         copy = PREFETCH(weight, like.device, name) if copy is None else copy
         stores.weight_copies.put(name, copy, version)
         return copy
+
+
+def _as_planned(following: BoundProgram | None, name: str, like: torch.Tensor) -> torch.Tensor:
+    """A weight for the program that runs next, to be copied; an empty tensor where it is not as it was planned for."""
+    found = following.weight(name) if following is not None else None
+    if found is None or (found.shape, found.stride(), found.dtype) != (like.shape, like.stride(), like.dtype):
+        return torch.empty(0)
+    return found
 
 
 def _source_kind(node: fx.Node, resident: frozenset[str]) -> str:

@@ -20,13 +20,16 @@ from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
 from lightcache_fx.fetching import WeightsAway
+from lightcache_fx.handover import HandOver, plan_hand_over
 from lightcache_fx.homes import Homes, Tier
+from lightcache_fx.ledger import Ledger, Stretch
+from lightcache_fx.liveness import CUDA_BLOCK
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.outputs import register_distributions
 from lightcache_fx.placement import placement_of, weights_fit
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy, Swap
-from lightcache_fx.program import BoundProgram, Moment, Program, build_programs
+from lightcache_fx.program import BoundProgram, Moment, Program, build_last, build_programs
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
 from lightcache_fx.stores import version_of
 from lightcache_fx.swapping import SMALLEST
@@ -60,6 +63,7 @@ class Compiled:
     plan: Plan
     programs: dict[str, Program]
     bound: dict[str, BoundProgram]
+    last: dict[int, LastCall] = field(default_factory=dict)
 
     @property
     def capture(self) -> Capture:
@@ -72,27 +76,10 @@ class Compiled:
         resident = swap.resident if swap is not None else frozenset[str]()
         once = resident if swap is not None and swap.keeps_residents else frozenset[str]()
         planned = {name: once if name == "prologue" else resident for name in self.bound}
+        planned |= {last.name: frozenset() for last in self.last.values() if last.name in self.bound}
         elsewhere = frozenset[str]().union(*(program.elsewhere(planned[name]) for name, program in self.bound.items()))
         for name, program in self.bound.items():
             program.keep_resident(planned[name] | elsewhere)
-
-
-class Ledger(threading.local):
-    """Of models that share a device, which one has copies of weights there: each thread's last one called.
-
-    Attributes:
-        is_shared: whether there are several.
-    """
-
-    def __init__(self, *, is_shared: bool = False) -> None:
-        self.is_shared = is_shared
-        self._present: RunTracker | None = None
-
-    def enter(self, tracker: RunTracker) -> None:
-        """A model is about to run: the copies of the one before make room for its own."""
-        if self._present is not None and self._present is not tracker:
-            self._present.weight_copies.drop()
-        self._present = tracker
 
 
 def homes_of(module: nn.Module, policy: Policy) -> Homes:
@@ -111,6 +98,21 @@ def homes_of(module: nn.Module, policy: Policy) -> Homes:
 
 def _tier(policy: Policy, *, on_cpu: bool) -> Tier:
     return (policy.swap or Swap()).to or ("disk" if on_cpu else "host")
+
+
+@dataclass(frozen=True, eq=False)
+class LastCall:
+    """A call of a period made as the last one before another model's.
+
+    Attributes:
+        before: the programs that the other model ran first.
+        plan: what is fetched for them; None where nothing is.
+        name: of the program.
+    """
+
+    before: tuple[BoundProgram, ...]
+    plan: HandOver | None
+    name: str
 
 
 class _PerThread(threading.local):
@@ -183,12 +185,14 @@ class Runtime:
                 self._uncaptured = str(error)
                 log.info("%s runs as it is, its weights fetched as a whole: %s", self.reader.owner, error)
                 return self._run_eagerly(args, kwargs)
-            self._ledger.enter(self.tracker)
+            run = current_run()
+            self._ledger.enter(self.tracker, run.num_steps if run is not None else None)
             try:
                 position = self._locate(call, compiled)
                 return self._run(call, self._for_branches(compiled, position), position)
             except BaseException:
                 self.tracker.reset()
+                self._ledger.let_go()
                 raise
 
     def _run_eagerly(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
@@ -266,6 +270,7 @@ class Runtime:
 
     def _build(self, call: Call) -> Compiled:
         away = self._left_away()
+        self._ledger.let_go()
         if away is None and self.homes.device.type != "cpu":
             self.homes.recall(self.homes.device)  # to be run as it is, beside the capture
             self._note_places()
@@ -371,6 +376,7 @@ class Runtime:
         branch, swap = position.branch, compiled.plan.swap
         num_steps = run.num_steps if (run := current_run()) is not None else None
         self._settle_weights(compiled, position)
+        self._ledger.take_over(self.tracker)
         branch.stores.weight_copies = self.tracker.weight_copies
         branch.stores.buffer = self.homes.buffer
         members = self._members(compiled)
@@ -391,10 +397,49 @@ class Runtime:
             count, steps_left = compiled.plan.branches, max(0, num_steps - 1 - position.step)
             moment = replace(moment, calls_left=(steps_left + 1) * count - 1 - place, is_last_step=not steps_left)
         kind = "full" if is_full else "reuse"
-        bound = compiled.bound[kind if swap is None else swap.variants[index]]
+        name, moment = self._handing_over(compiled, index, kind, moment)
+        bound = compiled.bound[name]
+        self._ledger.note(bound)
         tensors = bound(call.tensors, branch.stores, moment)
         self.counts[kind] += 1
         return compiled.capture.rebuild_output(tensors)
+
+    def _handing_over(self, compiled: Compiled, index: int, kind: str, moment: Moment) -> tuple[str, Moment]:
+        """The program of a call and its moment; before another model's call it is one that fetches for that."""
+        swap, run = compiled.plan.swap, current_run()
+        if swap is None:
+            return kind, moment
+        left = moment.calls_left if compiled.capture.layout.is_repeated else None
+        expected = self._ledger.expected(run.num_steps if run is not None else None, left)
+        if expected is None or (self.policy.swap is not None and not self.policy.swap.prefetch):
+            return swap.variants[index], moment
+        last = compiled.last.get(index)
+        if last is None or last.before != tuple(expected.first):
+            with CAPTURE_LOCK.capturing():
+                last = self._made_last(compiled, index, expected)
+        if last.plan is None:
+            return swap.variants[index], moment
+        handed = self._ledger.hand_to(expected.tracker)
+        return last.name, replace(moment, following=expected.first[0], handed=handed)
+
+    def _made_last(self, compiled: Compiled, index: int, expected: Stretch) -> LastCall:
+        """What a call does as the last one before another model's; its program is made where it fetches anything."""
+        swap, before = compiled.plan.swap, tuple(expected.first)
+        assert swap is not None
+        base, device = swap.names[index], self.homes.device
+        name = f"{base}_last_{index + 1}"
+        needs = {name: like for name, like in first_needs(before).items() if like.device == device}
+        plan = plan_hand_over(swap, index, {weight: _device_bytes(like) for weight, like in needs.items()})
+        if not plan.sizes:
+            compiled.last[index] = LastCall(before, None, name)
+            return compiled.last[index]
+        program = build_last(compiled.capture, compiled.plan, base, name, plan.transfers, needs)
+        user_names = [leaf.name for leaf in compiled.capture.layout.leaves]
+        compiled.programs[name] = program
+        compiled.bound[name] = BoundProgram(program, self.module, compiled.capture.constants, user_names)
+        compiled.last[index] = LastCall(before, plan, name)
+        compiled.note_places()
+        return compiled.last[index]
 
     def _settle_weights(self, compiled: Compiled, position: Position) -> None:
         """Weights are where the programs expect them: at home, or all of them on the device."""
@@ -434,6 +479,7 @@ class Runtime:
             branch.hoisted_key, branch.hoisted_sources = key, sources
             return
         branch.stores.hoisted = {}
+        self._ledger.note(prologue)
         prologue(call.tensors, branch.stores)
         branch.hoisted_key = key
         branch.hoisted_sources = sources
@@ -524,6 +570,21 @@ def _all_equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Te
 
 def _same_object(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b
+
+
+def first_needs(programs: Sequence[BoundProgram]) -> dict[str, torch.Tensor]:
+    """Fake tensors like the weights that programs in a row find on the device as the first begins, in order of need."""
+    first, *others = programs
+    needs = first.first_needs()
+    for program in others:
+        needs |= {name: like for name, like in program.first_needs().items() if name in first.wanted}
+    return needs
+
+
+def _device_bytes(like: torch.Tensor) -> int:
+    """Bytes of a tensor as its device's allocator rounds them."""
+    rounding = CUDA_BLOCK if like.device.type == "cuda" else 1
+    return -(-like.numel() * like.element_size() // rounding) * rounding
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

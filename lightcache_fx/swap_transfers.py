@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from lightcache_fx.passes.insert_transfers import LocalStay, MadeSlot, Transfers
 from lightcache_fx.stores import SlotPlace
@@ -112,6 +113,18 @@ def leaving_after_use(residence: Residence, workload: Workload) -> Residence:
     fetched = [Stay(name, 0, uses[name][0], uses[name][-1]) for name in residence.resident]
     stays = sorted([*residence.stays, *fetched], key=lambda stay: (stay.begin, stay.first, stay.name))
     return Residence(frozenset(), tuple(stays))
+
+
+def taken_at_begin(transfers: Transfers, workload: Workload) -> Transfers:
+    """The same, but the caller begins the copies at the begin of a program, which the model before may have begun."""
+    begin = workload.ops[0].name
+    return replace(
+        transfers,
+        stays=tuple(
+            replace(stay, prefetch=None) if stay.prefetch == begin and stay.kind == "weight" and stay.reads else stay
+            for stay in transfers.stays
+        ),
+    )
 
 
 def when_needed(residence: Residence, workload: Workload) -> Residence:

@@ -27,7 +27,7 @@ from lightcache_fx.graphs import (
 from lightcache_fx.passes.base import PassResult, find_kept
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
 
-MovableKind = Literal["weight", "slot"]
+MovableKind = Literal["weight", "slot", "next"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LocalStay:
 
     Attributes:
         name: of the weight or slot.
-        kind: which of the two.
+        kind: which of the two, or `next`: a weight of the model that runs next, which is only fetched here.
         prefetch: the node before which a copy to the device is begun; None where the caller hands the copy over.
         reads: the nodes that read it, in order; none where it only passes through, or is fetched for the next program.
         handed_on: whether the copy is returned, for the program that runs next.
@@ -98,10 +98,15 @@ class Transfers:
 
     @property
     def copies(self) -> tuple[str, ...]:
-        """Names of the copies that the program returns behind everything else, in order."""
-        return tuple(stay.name for stay in self.stays if stay.handed_on) + tuple(
+        """Names of the copies that the program returns behind its slots, in order."""
+        return tuple(stay.name for stay in self.stays if stay.handed_on and stay.kind != "next") + tuple(
             slot.name for slot in self.made if slot.handed_on and slot.release is not None
         )
+
+    @property
+    def for_next(self) -> tuple[str, ...]:
+        """Names of the copies for the model that runs next, which the program returns last, in order."""
+        return tuple(stay.name for stay in self.stays if stay.kind == "next")
 
 
 def insert_transfers(
@@ -123,9 +128,9 @@ def insert_transfers(
 
     What a program fetches for the next one alone has an input of its own, so that a caller who knows that there is no
     next one gives an empty tensor there. It need not be something that the program reads: `others` has (fake) tensors
-    of such weights and slots, by kind and name. Views of a weight are made again beside each use, or they would hold
-    its memory between its stays. Tier: bitwise. Invariants: the model's outputs stay first, slots follow in their
-    order, copies that are handed on come last.
+    of such weights and slots, and of weights of the model that runs next, by kind and name. Views of a weight are made
+    again beside each use, or they would hold its memory between its stays. Tier: bitwise. Invariants: the model's
+    outputs stay first, slots follow in their order, then copies that are handed on, those for another model last.
     """
     if not plan.moves:
         return PassResult(graph, False)
@@ -143,8 +148,9 @@ def insert_transfers(
             kept += [node] if slot.handed_on else []
     begun = [*map(inserter.begin, plan.stays)]  # all of them first: no copy is begun behind a wait at its place
     copies = [inserter.read(stay, copy) for stay, copy in zip(plan.stays, begun, strict=True)]
-    handed = [copy for copy, stay in zip(copies, plan.stays, strict=True) if stay.handed_on] + kept
-    output_node(graph).args = ((*returned, *handed),)
+    handed = [(stay, copy) for copy, stay in zip(copies, plan.stays, strict=True) if stay.handed_on]
+    own, following = ([copy for stay, copy in handed if (stay.kind == "next") == is_next] for is_next in (False, True))
+    output_node(graph).args = ((*returned, *own, *kept, *following),)
     inserter.clean_up()
     fetched = sum(stay.prefetch is not None for stay in plan.stays)
     sent = sum(slot.release is not None for slot in plan.made)
@@ -247,9 +253,10 @@ class _Inserter:
     def _input(self, kind: InputKind, name: str, node_name: str, value: torch.Tensor) -> fx.Node:
         with self.graph.inserting_after(self.last_input):
             node = self.graph.placeholder(node_name)
+        node.target = node.name  # which is unique: names of weights that differ may be the same as names of nodes
         node.meta = {
             "val": value,
-            "lightcache_input": GraphInput(kind, name, "const" if kind == "weight" else "latent"),
+            "lightcache_input": GraphInput(kind, name, "const" if kind in ("weight", "next") else "latent"),
         }
         self.last_input = node
         return node

@@ -25,11 +25,11 @@ from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchErr
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.graphs import input_of, placeholders
 from lightcache_fx.homes import Homes
+from lightcache_fx.ledger import Ledger
 from lightcache_fx.module import transform_component
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.placement import Placement
 from lightcache_fx.policy import Cache, Policy, Swap
-from lightcache_fx.runtime import Ledger
 from lightcache_fx.stand_ins import stand_ins
 from pipelines import PIPELINES
 from pretend_device import CPU, DEVICE, PretendDevice, pretended, to_device

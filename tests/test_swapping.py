@@ -237,8 +237,8 @@ def test_nothing_is_on_the_device_after_a_run() -> None:
 
 def test_two_models_have_the_device_in_turns() -> None:
     """The copies of one are gone when the other begins; both go on right."""
+    from lightcache_fx.ledger import Ledger
     from lightcache_fx.module import transform_component
-    from lightcache_fx.runtime import Ledger
 
     ledger = Ledger(is_shared=True)
     first, second = (transform_component(Tower(), policy("60%"), ledger) for _ in range(2))

@@ -70,6 +70,9 @@ def stay(name: str, prefetch: str | None, *reads: str, handed_on: bool = False, 
 FETCHED = Transfers((stay("first.weight", "linear", "linear"), stay("last.weight", "cos", "linear_1")))
 OVER = Transfers((stay("last.weight", None, "linear_1"),))
 ON = Transfers((stay("first.weight", "linear", "linear", handed_on=True),))
+NEXT = Transfers(
+    (stay("first.weight", "linear", "linear"), stay("first.weight", "sin", handed_on=True, kind="next"), *OVER.stays)
+)
 AWAY = Transfers(made=(MadeSlot("slot_0", "sin", handed_on=False),))
 
 
@@ -100,6 +103,16 @@ def test_golden_sent_away() -> None:
     result = apply_to(after, partial(insert_transfers, plan=AWAY), keeps_outputs=False)
     assert result.counts == {"fetched": 0, "handed over": 0, "sent away": 1}
     check_golden("\n".join(changed(text, format_of(after))), "insert_transfers_sent_away", __file__)
+
+
+def test_golden_for_the_next_model() -> None:
+    """Its weight may be named as one of the program's own."""
+    given = plain()
+    others = {("next", "first.weight"): torch.empty(3, device="meta")}
+    after, _ = swapped(given, NEXT, others)
+    check_golden(diff(given.graph_module, after), "insert_transfers_next", __file__)
+    assert NEXT.copies == ()
+    assert NEXT.for_next == ("first.weight",)
 
 
 def format_of(graph_module: fx.GraphModule) -> list[str]:
@@ -133,6 +146,20 @@ def test_numbers_of_what_is_handed_over_and_on() -> None:
     assert all(
         input_of(node).kind != "weight" or input_of(node).name != "first.weight" for node in placeholders(after.graph)
     )
+
+
+def test_numbers_of_what_is_fetched_for_the_next_model() -> None:
+    """It comes last, behind what is handed on; none is fetched where none is given."""
+    given, weight = plain(), torch.randn(5)
+    others = {("next", "decoder.weight"): torch.empty(5)}
+    transfers = Transfers((stay("decoder.weight", "sin", handed_on=True, kind="next"), *ON.stays))
+    after, _ = swapped(given, transfers, others)
+    for there in (weight, torch.empty(0)):
+        result, own, copy = run(given, after, decoder_weight=there)
+        assert torch.equal(result, given.eager()[0])
+        assert torch.equal(own, MODEL.first.weight)
+        assert torch.equal(WAIT(copy), there)
+        assert copy is not there
 
 
 def test_numbers_of_what_is_sent_away_fetched_and_handed_on() -> None:

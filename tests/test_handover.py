@@ -1,0 +1,377 @@
+"""Stages of a pipeline that hand over: the next one's first weights flow in behind the last call of the one before."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightcache_fx as lc
+from lightcache_fx import runtime
+from lightcache_fx.ledger import Ledger
+from lightcache_fx.measure import measure_peak
+from lightcache_fx.policy import Cache, Policy, Swap
+from lightcache_fx.runs import RunTracker
+from lightcache_fx.runtime import LastCall
+from lightcache_fx.transfers import PREFETCH, WAIT, recorded_copies
+from pipelines import PIPELINES, SMALL
+from swap_cases import interrupted_at
+from test_swapping import HARDWARE
+from toys import Tower, latent
+
+NUM_STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def known_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightcache_fx.budgets.hardware_of", lambda *_, **__: HARDWARE)
+
+
+class Stage(nn.Module):
+    """Layers in a row whose weights are large beside its activations; neither denoises nor has a decoder's methods.
+
+    Shapes: sample (B, `first`) -> (B, `last`).
+    """
+
+    def __init__(self, first: int, last: int, seed: int, num_layers: int = 4, width: int = 96) -> None:
+        super().__init__()
+        sizes = [first, *[width] * num_layers, last]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+        self.eval().requires_grad_(False)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            sample = torch.tanh(layer(sample))
+        return sample
+
+
+class Scheduler:
+    def set_timesteps(self, num_steps: int) -> None:
+        self.timesteps = torch.linspace(900, 100, num_steps)
+
+    def step(self, noise: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        return sample - noise / 8
+
+
+class Pipeline:
+    """An encoder, a denoiser and a decoder one after the other, and a refiner where it is asked for."""
+
+    model_cpu_offload_seq = "encoder->denoiser->refiner->decoder"
+
+    def __init__(self, width: int = 64) -> None:
+        self.encoder, self.denoiser = Stage(3, 3, 1), Tower(width=width)
+        self.refiner, self.decoder = Stage(4, 4, 2), Stage(4, 8, 3)
+        self.scheduler = Scheduler()
+        self.between: Callable[[], None] = lambda: None
+
+    @property
+    def components(self) -> dict[str, Any]:
+        names = ("encoder", "denoiser", "refiner", "decoder", "scheduler")
+        return {name: getattr(self, name) for name in names}
+
+    def __call__(
+        self, seed: int = 0, num_steps: int = NUM_STEPS, *, refined: bool = False, decoded: int = 1, batch: int = 2
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            condition = self.encoder(latent(1000 + seed, batch)[:, :3])
+            self.scheduler.set_timesteps(num_steps)
+            sample = latent(seed, batch)
+            for timestep in self.scheduler.timesteps:
+                sample = self.scheduler.step(self.denoiser(sample, timestep, condition), sample)
+            self.between()
+            if refined:
+                sample = self.refiner(sample)
+            return torch.cat([self.decoder(sample + number) for number in range(decoded)])
+
+
+def policy(budget: str | int | None = "60%", interval: int = 2, **settings: Any) -> Policy:
+    return Policy(cache=Cache(cut=0, interval=interval), swap=Swap(budget=budget), **settings)
+
+
+def unswapped(asked: Policy) -> Policy:
+    return asked.model_copy(update={"swap": None, "memory_budget": None})
+
+
+def pipelines(asked: Policy, **settings: Any) -> tuple[Any, Any]:
+    """One that swaps, and one that does not."""
+    swapping = lc.transform_pipeline(Pipeline(**settings), asked)
+    return swapping, lc.transform_pipeline(Pipeline(**settings), unswapped(asked))
+
+
+def runtime_of(pipe: Any, name: str) -> Any:
+    return getattr(pipe, name)._lightcache.runtime
+
+
+def late(pipe: Any, name: str) -> int:
+    made = runtime_of(pipe, name).compiled.values()
+    return sum(bound.late_copies for compiled in made for bound in compiled.bound.values())
+
+
+def late_of(pipe: Any, name: str, **call: Any) -> int:
+    before = late(pipe, name)
+    pipe(**call)
+    return late(pipe, name) - before
+
+
+def last_calls(pipe: Any, name: str) -> list[LastCall]:
+    return [last for compiled in runtime_of(pipe, name).compiled.values() for last in compiled.last.values()]
+
+
+def nothing_is_held(pipe: Any) -> bool:
+    trackers = [runtime_of(pipe, name).tracker for name in pipe._lightcache.components]
+    copies = [pipe._lightcache.ledger.handed, *(tracker.weight_copies for tracker in trackers[1:-1])]
+    return all(not held.num_bytes() for held in copies)
+
+
+def budgets_kept(pipe: Any) -> bool:
+    lasts = [(name, last.plan) for name in STAGES for last in last_calls(pipe, name)]
+    plans = {name: runtime_of(pipe, name).latest().plan.swap.plan for name in STAGES}
+    return all(last is None or last.peak_bytes <= plans[name].budget for name, last in lasts)
+
+
+STAGES = ("encoder", "denoiser", "decoder")
+
+
+# What is handed over -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("budget", ["30%", "60%", "100%", None])
+def test_the_next_stage_finds_its_first_weights(budget: str | None, interval: int) -> None:
+    """From the second generation on, and the bits are those of everything resident."""
+    swapping, plain = pipelines(policy(budget, interval))
+    counts = []
+    for seed in (0, 0, 1, 2):
+        before = [late(swapping, name) for name in STAGES]
+        assert torch.equal(swapping(seed), plain(seed))
+        assert nothing_is_held(swapping)
+        counts.append([late(swapping, name) - number for name, number in zip(STAGES, before, strict=True)])
+    first, *later = counts
+    assert first[2] == 5, "all of the decoder's weights"
+    assert later == [[5, later[0][1], 0]] * 3
+    assert later[0][1] < first[1] or first[1] == 0
+    assert len(last_calls(swapping, "encoder")) == len(last_calls(swapping, "denoiser")) == 1
+    assert budgets_kept(swapping)
+
+
+def test_copies_are_begun_behind_the_computing_of_the_last_step() -> None:
+    """And each of the decoder's weights is copied once."""
+    swapping, _ = pipelines(policy("30%"))
+    swapping()
+    swapping()
+    begun: dict[str, list[list[str]]] = {name: [] for name in STAGES}
+    original = {name: getattr(swapping, name).forward for name in STAGES}
+
+    def recorded(name: str) -> Callable[..., torch.Tensor]:
+        def forward(*args: torch.Tensor) -> torch.Tensor:
+            with recorded_copies() as log:
+                found: torch.Tensor = original[name](*args)
+                WAIT(PREFETCH(torch.ones(1), torch.device("cpu"), "the end"))
+            begun[name].append([copy.name for copy in log.copies if copy.way == "in"])
+            return found
+
+        return forward
+
+    for name in STAGES:
+        setattr(swapping, name, recorded(name))
+    swapping()
+    decoder = [f"layers.{number}.weight" for number in range(5)]
+    assert begun["decoder"] == [["the end"]]
+    assert [name for name in begun["denoiser"][-1] if name in decoder] == decoder
+    assert not any(set(decoder) & set(copies) for copies in begun["denoiser"][:-1])
+
+
+@pytest.mark.parametrize("steps", [(5, 3, 7, 5), (1, 1, 1), (2, 1, 4)])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_runs_of_other_lengths(steps: tuple[int, ...], interval: int) -> None:
+    """The last step is known by the run's own number of steps."""
+    swapping, plain = pipelines(policy("40%", interval))
+    for number, num_steps in enumerate(steps):
+        before = late(swapping, "decoder") if number else 0
+        assert torch.equal(swapping(number, num_steps), plain(number, num_steps))
+        assert late(swapping, "decoder") - before == (0 if number else 5)
+
+
+def test_a_stage_that_is_called_several_times() -> None:
+    """Only behind the last of its calls is the next stage expected, by the generation before."""
+    swapping, plain = pipelines(policy("40%"))
+    for number, decoded in enumerate((2, 2, 3, 1, 1)):
+        before = late(swapping, "decoder") if number else 0
+        assert torch.equal(swapping(number, decoded=decoded), plain(number, decoded=decoded))
+        assert late(swapping, "decoder") - before == 5 * decoded - 5 * bool(number)
+
+
+# Where the guess is wrong ------------------------------------------------------------------------------------------
+
+
+def test_another_stage_than_was_expected() -> None:
+    """What was fetched for the one is dropped before the other begins, and the order is learned anew."""
+    swapping, plain = pipelines(policy("40%"))
+    refined = (False, False, True, True, False, False)
+    expected = (5, 0, 5, 1, 5, 0)  # the refiner's budget has room for four of the decoder's five
+    held: list[int] = []
+    enter = Ledger.enter
+
+    def entered(self: Ledger, tracker: RunTracker, num_steps: int | None = None) -> None:
+        enter(self, tracker, num_steps)
+        held.append(self.handed.num_bytes() if tracker is not self._handed_to else 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "enter", entered)
+        for number, (is_refined, count) in enumerate(zip(refined, expected, strict=True)):
+            before = late(swapping, "decoder") if number else 0
+            assert torch.equal(swapping(number, refined=is_refined), plain(number, refined=is_refined))
+            assert late(swapping, "decoder") - before == count
+            assert nothing_is_held(swapping)
+    assert not any(held)
+
+
+def test_other_sizes_than_were_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's weights are the same for all, its programs are not; nothing is held while these are captured."""
+    swapping, plain = pipelines(policy("40%"))
+    held, captured = [], runtime.capture
+
+    def capturing(*args: Any, **kwargs: Any) -> Any:
+        held.append(swapping._lightcache.ledger.handed.num_bytes())
+        return captured(*args, **kwargs)
+
+    monkeypatch.setattr(runtime, "capture", capturing)
+    for number, batch in enumerate((2, 2, 4, 4, 2, 4)):
+        assert torch.equal(swapping(number, batch=batch), plain(number, batch=batch))
+        assert nothing_is_held(swapping)
+    assert held
+    assert not any(held)
+    assert budgets_kept(swapping)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "smaller", "cast"])
+def test_weights_that_change_while_they_are_on_their_way(how: str) -> None:
+    """Between the denoiser's last step and the decoder's call."""
+
+    def change(decoder: Any) -> None:
+        layer = decoder.layers[2]
+        if how == "in place":
+            layer.weight.mul_(2)
+        elif how == "replaced":
+            layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+        elif how == "smaller":
+            layer.weight = nn.Parameter(layer.weight[:1].expand(96, 96) * 2, requires_grad=False)
+        else:
+            layer.weight.data = (layer.weight * 2).clone()
+
+    found = []
+    for pipe in pipelines(policy("40%")):
+        pipe()
+        pipe.between = lambda pipe=pipe: change(pipe.decoder)
+        found.append(pipe())
+    assert torch.equal(*found)
+
+
+def test_weights_of_other_sizes_take_no_room() -> None:
+    """The next stage's weights were replaced before the last step: what is not as it was planned for is left out."""
+    swapping, plain = pipelines(policy("40%"))
+    for pipe in (swapping, plain):
+        pipe()
+        pipe()
+        wide = Stage(4, 8, 3, width=160)
+        for layer, wider in zip(pipe.decoder.layers, wide.layers, strict=True):
+            layer.weight, layer.bias = wider.weight, wider.bias
+    held: list[int] = []
+    swapping.between = lambda: held.append(swapping._lightcache.ledger.handed.num_bytes())
+    for seed in (0, 1):
+        assert torch.equal(swapping(seed), plain(seed))
+    assert held[0] == 0 < held[1], "planned for the new weights once these have been called"
+    assert budgets_kept(swapping)
+
+
+@pytest.mark.parametrize("at", [0, 7, 19, 33])
+def test_an_interrupted_generation(at: int) -> None:
+    """Nothing is left on the device; the order is known from the generation before, and the next one is right."""
+    swapping, plain = pipelines(policy("40%"))
+    swapping()
+    with interrupted_at(at):
+        swapping()
+    assert nothing_is_held(swapping)
+    assert runtime_of(swapping, "decoder").tracker.weight_copies.num_bytes() == 0
+    assert late_of(swapping, "decoder") == 0
+    assert torch.equal(swapping(3), plain(3))
+
+
+def test_a_pipeline_that_raises_behind_the_denoiser() -> None:
+    swapping, plain = pipelines(policy("40%"))
+    swapping()
+
+    def broken() -> None:
+        assert swapping._lightcache.ledger.handed.num_bytes()
+        raise ValueError("broken")
+
+    swapping.between = broken
+    with pytest.raises(ValueError, match="broken"):
+        swapping()
+    swapping.between = lambda: None
+    assert nothing_is_held(swapping)
+    assert late_of(swapping, "decoder") == 0
+    assert torch.equal(swapping(2), plain(2))
+
+
+def test_stages_outside_a_generation_hand_nothing_over() -> None:
+    swapping, plain = pipelines(policy("40%"))
+    swapping()
+    call = latent(0), torch.tensor(300.0), latent(1)[:, :3]
+    with torch.no_grad():
+        assert torch.equal(swapping.denoiser(*call), plain.denoiser(*call))
+        assert torch.equal(swapping.decoder(call[0]), plain.decoder(call[0]))
+    assert not swapping._lightcache.ledger.handed.held
+
+
+def test_copies_that_begin_when_they_are_needed_are_not_handed_over() -> None:
+    asked = Policy(cache=Cache(cut=0, interval=2), swap=Swap(budget="40%", prefetch=False))
+    swapping, plain = pipelines(asked)
+    for seed in range(3):
+        assert torch.equal(swapping(seed), plain(seed))
+    assert not last_calls(swapping, "denoiser")
+
+
+# Memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["40%", "50%", "70%"])
+def test_the_budget_is_kept_and_the_peak_is_as_planned(budget: str) -> None:
+    """Measured by allocation events; what is handed over takes room that the steps' plan leaves."""
+    swapping = lc.transform_pipeline(Pipeline(width=128), policy(budget, interval=1))
+    swapping()
+    swapping()
+    (last,) = last_calls(swapping, "denoiser")
+    plan = runtime_of(swapping, "denoiser").latest().plan.swap
+    assert last.plan is not None
+    measured = measure_peak(swapping).peak_bytes
+    small = sum(weight.nbytes for name, weight in swapping.denoiser.named_parameters() if name not in plan.weights)
+    assert 1.02 * plan.plan.peak_bytes < last.plan.peak_bytes <= plan.plan.budget
+    assert measured + small <= last.plan.peak_bytes
+    assert measured + small == pytest.approx(last.plan.peak_bytes, rel=0.01)
+
+
+# A real pipeline ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["svd", "sd", "easyanimate"])
+def test_pipelines(name: str) -> None:
+    case = PIPELINES[name]
+    pipe, asked = case.build(), Policy(swap=Swap(budget="70%"))
+    expected = case.generate(lc.transform_pipeline(pipe, Policy()), 0, SMALL, num_steps=3)
+    swapping = lc.transform_pipeline(pipe, asked)
+    counts = []
+    for _ in range(3):
+        before = late(swapping, "vae")
+        assert torch.equal(case.generate(swapping, 0, SMALL, num_steps=3), expected)
+        counts.append(late(swapping, "vae") - before)
+        assert not swapping._lightcache.ledger.handed.held
+    assert counts[1] == counts[2] < counts[0]
