@@ -236,6 +236,7 @@ def with_swaps(
         tier,
         period.branches,
         keeps_residents,
+        period.prologue,
     )
     notes = plan.notes if schedule.warning is None else (*plan.notes, schedule.warning)
     return replace(plan, swap=schedule, notes=notes)

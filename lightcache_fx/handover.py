@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from lightcache_fx.passes.insert_transfers import LocalStay, Transfers
-from lightcache_fx.simulator import static_bytes
+from lightcache_fx.plan import Plan
+from lightcache_fx.simulator import Engines, static_bytes
 from lightcache_fx.swapping import SwapSchedule
-from lightcache_fx.workload import Stay
+from lightcache_fx.workload import Link, Residence, Stay
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class HandOver:
             no weight of its own outlasts its last use.
         sizes: bytes on the device of each of the next stage's weights that it fetches, in the order of their need.
         peak_bytes: the most on the device during the call; never more than the plan's budget.
+        in_time: names of those whose copies have ended when the call has, by prediction.
     """
 
     transfers: Transfers
     sizes: Mapping[str, int]
     peak_bytes: int
+    in_time: frozenset[str]
 
     @property
     def num_bytes(self) -> int:
@@ -52,23 +55,80 @@ def plan_hand_over(swap: SwapSchedule, call: int, needs: Mapping[str, int]) -> H
     computing = _from_each_on([op.seconds for op in workload.ops[begin:end]])
     own = _from_each_on([_seconds_begun(swap, index) for index in range(begin, end)])
     spare = [seconds - copying for seconds, copying in zip(computing, own, strict=True)]
-    fetched: list[tuple[str, int]] = []
-    taken, copying = 0, sum(map(link.arriving, needs.values()))
+    places = _places(needs, room, spare, link)
+    sizes = {name: needs[name] for name in places}
+    for name, place in places.items():
+        held[place:] = [size + sizes[name] for size in held[place:]]
+    following = (
+        LocalStay(name, "next", workload.ops[begin + place].name, (), handed_on=True) for name, place in places.items()
+    )
+    stays = (*_residents(swap, begin, end), *_without_later(swap.transfers[call].stays), *following)
+    copied, free = dict[str, float](), 0.0
+    for name, place in places.items():
+        free = copied[name] = max(free, computing[0] - computing[place]) + link.arriving(sizes[name])
+    in_time = frozenset(name for name, seconds in copied.items() if seconds <= computing[0])
+    return HandOver(replace(swap.transfers[call], stays=stays), sizes, max(held), in_time)
+
+
+def _places(needs: Mapping[str, int], room: Sequence[int], spare: Sequence[float], link: Link) -> dict[str, int]:
+    """For each weight that there is room for, the op of the call before which its copy begins.
+
+    Args:
+        needs: bytes of the weights, in the order of need.
+        room: bytes that are free from each op on to the end of the call.
+        spare: seconds that the link has from each op on to the end of the call.
+        link: the way to the device.
+    """
+    places: dict[str, int] = {}
+    taken, copying, last = 0, sum(map(link.arriving, needs.values())), 0
     for name, size in needs.items():
         first = next((place for place, free in enumerate(room) if free >= taken + size), None)
         if first is None:
             break
-        in_time = max((place for place, seconds in enumerate(spare) if seconds >= copying), default=0)
-        fetched.append((name, max(first, in_time, fetched[-1][1] if fetched else 0)))
+        latest = max((place for place, seconds in enumerate(spare) if seconds >= copying), default=0)
+        places[name] = last = max(first, latest, last)
         taken, copying = taken + size, copying - link.arriving(size)
-    sizes = {name: needs[name] for name, _ in fetched}
-    for name, place in fetched:
-        held[place:] = [size + sizes[name] for size in held[place:]]
-    following = (
-        LocalStay(name, "next", workload.ops[begin + place].name, (), handed_on=True) for name, place in fetched
+    return places
+
+
+def last_call(plan: Plan, calls: int) -> int:
+    """The number in the period of a generation's last call.
+
+    Args:
+        plan: with its swaps.
+        calls: of the model in the generation, of all guidance branches.
+    """
+    swap = plan.swap
+    if swap is None or not swap.workload.cyclic:
+        return 0
+    last = max(1, calls // swap.branches) - 1
+    since_full = last - max(step for step in range(last + 1) if step == 0 or plan.schedule.is_full(step, last + 1))
+    step = 0
+    if since_full and len(swap.names) > swap.branches:
+        step = swap.step_for(since_full, plan.schedule.steps_to_full(last, last + 1))
+    return (step + 1) * swap.branches - 1
+
+
+def saved_seconds(swap: SwapSchedule, found: Container[str]) -> float:
+    """Predicted time that a stage saves as it begins, where weights are on the device already.
+
+    Args:
+        swap: of the stage.
+        found: names of these weights.
+    """
+    workload, residence = swap.workload, swap.plan.residence
+    count = len(workload.ops)
+    stays = [
+        stay
+        for stay in residence.stays
+        if stay.name not in found or stay.made or (stay.end < count if workload.cyclic else stay.begin > 0)
+    ]
+    resident = frozenset(name for name in residence.resident if name not in found)
+    cold, warm = (
+        Engines(workload, there, swap.hardware.link).period(cold=True).seconds
+        for there in (residence, Residence(resident, tuple(stays)))
     )
-    stays = (*_residents(swap, begin, end), *_without_later(swap.transfers[call].stays), *following)
-    return HandOver(replace(swap.transfers[call], stays=stays), sizes, max(held))
+    return max(0.0, cold - warm)
 
 
 def _from_each_on(values: Sequence[float]) -> list[float]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from lightcache_fx.errors import ArgumentError, BudgetError
+from lightcache_fx.handover import HandOver, last_call, plan_hand_over, saved_seconds
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.module import plan_component
 from lightcache_fx.pipeline import policy_for_component
@@ -58,11 +60,15 @@ class PlannedStage:
         stage: what was asked for.
         plan: what is done.
         refusal: why its budget cannot be kept, with the least that can be and what sets it.
+        hands_over: what its last call fetches for the next stage, from the second generation on.
+        saved_seconds: predicted, of what the stage before hands over to this one.
     """
 
     stage: Stage
     plan: Plan | None
     refusal: BudgetError | None = None
+    hands_over: HandOver | None = None
+    saved_seconds: float = 0.0
 
     @property
     def swap(self) -> SwapSchedule | None:
@@ -74,11 +80,12 @@ class PlannedStage:
         """The most on the device; where the stage does not fit, the least that it would take."""
         if self.refusal is not None:
             return self.refusal.reached or 0
-        return self.swap.plan.peak_bytes if self.swap is not None else 0
+        last = self.hands_over.peak_bytes if self.hands_over is not None else 0
+        return max(last, self.swap.plan.peak_bytes) if self.swap is not None else 0
 
     @property
     def seconds(self) -> float:
-        """Predicted, from nothing on the device to the last call's end."""
+        """Predicted, from nothing on the device to the last call's end, as in a first generation."""
         return self.swap.seconds_of(self.stage.calls) if self.swap is not None else math.nan
 
     @property
@@ -105,8 +112,13 @@ class PipelinePlan:
 
     @property
     def slowdown(self) -> float:
-        """Predicted time over that of everything on the device, less one."""
+        """Predicted time of a first generation over that of everything on the device, less one."""
         return sum(stage.seconds for stage in self.stages) / sum(stage.whole_seconds for stage in self.stages) - 1
+
+    @property
+    def saved_seconds(self) -> float:
+        """Predicted, of each further generation, because its stages hand over."""
+        return sum(stage.saved_seconds for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""
@@ -114,6 +126,7 @@ class PipelinePlan:
             "fits": self.fits,
             "peak_bytes": self.peak_bytes,
             "slowdown": self.slowdown if self.fits else None,
+            "saved_seconds": self.saved_seconds,
             "stages": {
                 planned.stage.name: {
                     "model": type(planned.stage.module).__name__,
@@ -121,6 +134,7 @@ class PipelinePlan:
                     "peak_bytes": planned.peak_bytes,
                     "seconds": planned.seconds if planned.plan is not None else None,
                     "whole_seconds": planned.whole_seconds if planned.plan is not None else None,
+                    "handed_over_bytes": planned.hands_over.num_bytes if planned.hands_over is not None else 0,
                     "refusal": str(planned.refusal) if planned.refusal is not None else None,
                     "plan": planned.plan.as_dict() if planned.plan is not None else None,
                 }
@@ -131,7 +145,17 @@ class PipelinePlan:
     def table(self) -> Table:
         """One row a stage."""
         table = Table(title="the pipeline, one stage on the device at a time", title_justify="left")
-        columns = ("stage", "calls", "weights", "on the device", "chunks", "copied there", "predicted", "slower by")
+        columns = (
+            "stage",
+            "calls",
+            "weights",
+            "on the device",
+            "chunks",
+            "copied there",
+            "handed over",
+            "predicted",
+            "slower by",
+        )
         for column in columns:
             table.add_column(column, justify="left" if column == "stage" else "right")
         for planned in self.stages:
@@ -146,6 +170,9 @@ class PipelinePlan:
                 console.print(f"{planned.stage.name} does not fit: {planned.refusal}")
         if self.fits:
             console.print(f"{format_bytes(self.peak_bytes)} at most; {self.slowdown:.1%} slower than all resident")
+            if any(stage.hands_over is not None for stage in self.stages):
+                saved = f"{1e3 * self.saved_seconds:.1f} ms"
+                console.print(f"from the second generation on stages hand over their first weights: {saved} less")
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return str(text).rstrip()
 
@@ -153,7 +180,7 @@ class PipelinePlan:
 def _cells(planned: PlannedStage) -> list[str]:
     plan, swap, stage = planned.plan, planned.swap, planned.stage
     if plan is None or swap is None:
-        return [stage.name, str(stage.calls), "", f"at least {format_bytes(planned.peak_bytes)}", "", "", "", ""]
+        return [stage.name, str(stage.calls), "", f"at least {format_bytes(planned.peak_bytes)}", *[""] * 5]
     regions = sum(len(chunk.regions) for chunk in plan.chunks.values())
     slower = planned.seconds / planned.whole_seconds - 1 if planned.whole_seconds else 0.0
     return [
@@ -163,6 +190,7 @@ def _cells(planned: PlannedStage) -> list[str]:
         format_bytes(planned.peak_bytes),
         str(regions or ""),
         format_bytes(int(swap.copied_bytes_of(stage.calls))),
+        format_bytes(planned.hands_over.num_bytes) if planned.hands_over is not None else "",
         f"{planned.seconds:.2f} s",
         f"{slower:.1%}",
     ]
@@ -196,7 +224,22 @@ def plan_pipeline(
             "plan_pipeline: expected a policy with memory_budget=... or swap=..., got one without; for one module alone"
             " use plan"
         )
-    return PipelinePlan(tuple(_planned(stage, policy, device, hardware) for stage in stages))
+    return PipelinePlan(tuple(_handing_over([_planned(stage, policy, device, hardware) for stage in stages])))
+
+
+def _handing_over(stages: list[PlannedStage]) -> Iterator[PlannedStage]:
+    """The stages, with what the last call of each fetches for the next one."""
+    saved = 0.0
+    for stage, following in zip_longest(stages, stages[1:]):
+        stage, saved = replace(stage, saved_seconds=saved), 0.0
+        if stage.plan is not None and stage.swap is not None and following is not None and following.swap is not None:
+            prefetches = stage.plan.policy.swap is None or stage.plan.policy.swap.prefetch
+            needs = following.swap.found_at_begin if prefetches else {}
+            last = plan_hand_over(stage.swap, last_call(stage.plan, stage.stage.calls), needs)
+            if last.sizes:
+                stage = replace(stage, hands_over=last)
+                saved = saved_seconds(following.swap, last.in_time)
+        yield stage
 
 
 def _planned(

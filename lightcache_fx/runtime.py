@@ -207,6 +207,7 @@ class Runtime:
                 needed,
             )
         self._ledger.enter(self.tracker)
+        self._ledger.handed.drop()
         with self.homes.all_present(self.homes.device):
             return method_of(self.module, self.reader.method)(self.module, *args, **kwargs)
 

@@ -76,6 +76,7 @@ class SwapSchedule:
         tier: where things are kept.
         branches: how many calls a denoising step has, one for each branch of guidance.
         keeps_residents: whether weights that stay on the device do so while the prologue runs.
+        once: what the prologue was planned for, where there is one.
     """
 
     names: tuple[str, ...]
@@ -89,6 +90,20 @@ class SwapSchedule:
     tier: Tier
     branches: int = 1
     keeps_residents: bool = True
+    once: Workload | None = None
+
+    @cached_property
+    def found_at_begin(self) -> Mapping[str, int]:
+        """Bytes of the weights that a generation finds on the device as it begins, in order of first use.
+
+        They are there if the stage before has handed them over, and otherwise fetched then.
+        """
+        kept = self.resident if self.keeps_residents or self.once is None else frozenset[str]()
+        ops, found = self.workload.ops[: self.workload.starts[1]], dict[str, int]()
+        if self.once is not None:
+            found = _sizes_of(self.once, self.once.ops, kept | _handed_over(self.prologue))
+            return found | _sizes_of(self.workload, ops, kept - found.keys())
+        return _sizes_of(self.workload, ops, kept | _handed_over(self.transfers[0]))
 
     @property
     def moves(self) -> bool:
@@ -157,6 +172,17 @@ class SwapSchedule:
         """For each call, where the slots of each branch are when it begins, by their names in programs."""
         residence, workload = self.plan.residence, self.workload
         return tuple(places_of_slots(residence, workload, call, self.branches) for call in range(len(self.names)))
+
+
+def _handed_over(transfers: Transfers) -> frozenset[str]:
+    """The weights whose copies a program is given, to read them."""
+    stays = transfers.stays
+    return frozenset(stay.name for stay in stays if stay.kind == "weight" and stay.prefetch is None and stay.reads)
+
+
+def _sizes_of(workload: Workload, ops: Sequence[Op], names: Container[str]) -> dict[str, int]:
+    read = (name for op in ops for name in op.reads if name in names)
+    return {name: workload.movables[name].num_bytes for name in read}
 
 
 def fixed_inputs(graph: fx.Graph, *, least: int, weights: bool, features: bool) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,18 @@ from torch import nn
 
 import lightcache_fx as lc
 from lightcache_fx import runtime
+from lightcache_fx.costs import CPU
+from lightcache_fx.handover import saved_seconds
+from lightcache_fx.hardware import Hardware
 from lightcache_fx.ledger import Ledger
 from lightcache_fx.measure import measure_peak
 from lightcache_fx.policy import Cache, Policy, Swap
 from lightcache_fx.runs import RunTracker
 from lightcache_fx.runtime import LastCall
 from lightcache_fx.transfers import PREFETCH, WAIT, recorded_copies
+from lightcache_fx.workload import Residence, Stay
 from pipelines import PIPELINES, SMALL
-from swap_cases import interrupted_at
+from swap_cases import SLOW, interrupted_at, workload
 from test_swapping import HARDWARE
 from toys import Tower, latent
 
@@ -357,6 +362,43 @@ def test_the_budget_is_kept_and_the_peak_is_as_planned(budget: str) -> None:
     assert 1.02 * plan.plan.peak_bytes < last.plan.peak_bytes <= plan.plan.budget
     assert measured + small <= last.plan.peak_bytes
     assert measured + small == pytest.approx(last.plan.peak_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("budget", ["40%", "100%"])
+@pytest.mark.parametrize(("interval", "num_steps"), [(1, 3), (3, 1), (3, 5), (3, 6), (4, 7)])
+def test_a_pipeline_plan_says_what_is_handed_over(budget: str, interval: int, num_steps: int) -> None:
+    """The very transfers of the programs that run."""
+    pipe, asked = Pipeline(), policy(budget, interval)
+    calls = {"encoder": (latent(0)[:, :3],), "denoiser": (latent(0), torch.tensor(900.0), latent(1)[:, :3])}
+    calls["decoder"] = (latent(0),)
+    counts = {"encoder": 1, "denoiser": num_steps, "decoder": 1}
+    stages = [lc.Stage(name, getattr(pipe, name), calls[name], calls=counts[name]) for name in STAGES]
+    plan = lc.plan_pipeline(stages, asked)
+    swapping = lc.transform_pipeline(pipe, asked)
+    swapping(num_steps=num_steps)
+    swapping(num_steps=num_steps)
+    for planned in plan.stages[:2]:
+        (last,) = last_calls(swapping, planned.stage.name)
+        assert planned.hands_over == last.plan
+        assert planned.swap is not None
+        assert planned.peak_bytes <= planned.swap.plan.budget
+    assert plan.stages[2].hands_over is None
+    assert (plan.stages[2].saved_seconds > 0) == bool(plan.stages[1].hands_over.in_time)
+    assert plan.stages[2].saved_seconds > 0 or interval > 1, "a full step is long enough"
+    assert plan.as_dict()["stages"]["denoiser"]["handed_over_bytes"] > 100_000
+    assert "stages hand over their first weights" in str(plan)
+
+
+def test_time_that_is_saved_by_hand() -> None:
+    """A byte a second: of 2 + 3 + 4 bytes that are loaded as the stage begins, what is there is not waited for."""
+    steps = workload("a 1 0 u -\nb 1 0 v -\nc 1 0 w -", sizes={"u": 2, "v": 3, "w": 4}, cyclic=False)
+    stays = tuple(Stay(name, 0, place, place) for place, name in enumerate("uvw"))
+    found = SimpleNamespace(
+        workload=steps, plan=SimpleNamespace(residence=Residence(frozenset(), stays)), hardware=Hardware(CPU, SLOW)
+    )
+    cold = 9 + 1
+    for there, seconds in (("", cold), ("u", 7 + 1), ("uv", 4 + 1), ("uvw", 3), ("w", 5 + 2)):
+        assert saved_seconds(found, set(there)) == cold - seconds
 
 
 # A real pipeline ---------------------------------------------------------------------------------------------------
