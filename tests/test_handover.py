@@ -24,6 +24,7 @@ from lightcache_fx.runtime import LastCall
 from lightcache_fx.transfers import PREFETCH, WAIT, recorded_copies
 from lightcache_fx.workload import Residence, Stay
 from pipelines import PIPELINES, SMALL
+from pretend_device import DEVICE, pretended
 from swap_cases import SLOW, interrupted_at, workload
 from test_swapping import HARDWARE
 from toys import Tower, latent
@@ -76,6 +77,7 @@ class Pipeline:
         self.refiner, self.decoder = Stage(4, 4, 2), Stage(4, 8, 3)
         self.scheduler = Scheduler()
         self.between: Callable[[], None] = lambda: None
+        self.device = torch.device("cpu")
 
     @property
     def components(self) -> dict[str, Any]:
@@ -86,10 +88,10 @@ class Pipeline:
         self, seed: int = 0, num_steps: int = NUM_STEPS, *, refined: bool = False, decoded: int = 1, batch: int = 2
     ) -> torch.Tensor:
         with torch.no_grad():
-            condition = self.encoder(latent(1000 + seed, batch)[:, :3])
+            condition = self.encoder(latent(1000 + seed, batch)[:, :3].to(self.device))
             self.scheduler.set_timesteps(num_steps)
-            sample = latent(seed, batch)
-            for timestep in self.scheduler.timesteps:
+            sample = latent(seed, batch).to(self.device)
+            for timestep in self.scheduler.timesteps.to(self.device):
                 sample = self.scheduler.step(self.denoiser(sample, timestep, condition), sample)
             self.between()
             if refined:
@@ -362,6 +364,26 @@ def test_the_budget_is_kept_and_the_peak_is_as_planned(budget: str) -> None:
     assert 1.02 * plan.plan.peak_bytes < last.plan.peak_bytes <= plan.plan.budget
     assert measured + small <= last.plan.peak_bytes
     assert measured + small == pytest.approx(last.plan.peak_bytes, rel=0.01)
+
+
+def test_models_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that would not fit the device together, nor the denoiser alone, hand over within the budget there."""
+    asked = Policy(cache=Cache(cut=0, interval=2), memory_budget=200_000)
+    expected = lc.transform_pipeline(Pipeline(), unswapped(asked))(1)
+    with pretended(monkeypatch, 250_000) as device:
+        swapping = lc.transform_pipeline(Pipeline(), asked)
+        swapping.device = DEVICE
+        for seed in (0, 0):
+            swapping(seed)
+        assert device.num_bytes < 1024
+        before, device.peak_bytes = late(swapping, "decoder"), device.num_bytes
+        found = swapping(1)
+        assert late(swapping, "decoder") == before
+        assert found.cpu().tolist() == expected.tolist()
+        (last,) = last_calls(swapping, "denoiser")
+        assert last.plan is not None
+        assert last.plan.num_bytes > 100_000
+        assert device.peak_bytes <= 200_000 + 1024
 
 
 @pytest.mark.parametrize("budget", ["40%", "100%"])
