@@ -14,13 +14,15 @@ from torch import nn
 import lightcache_fx as lc
 from lightcache_fx import runtime
 from lightcache_fx.costs import CPU
-from lightcache_fx.handover import saved_seconds
+from lightcache_fx.handover import plan_hand_over, saved_seconds
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.ledger import Ledger
 from lightcache_fx.measure import measure_peak
+from lightcache_fx.passes.insert_transfers import LocalStay
 from lightcache_fx.policy import Cache, Policy, Swap
 from lightcache_fx.runs import RunTracker
 from lightcache_fx.runtime import LastCall
+from lightcache_fx.swap_transfers import transfers_of
 from lightcache_fx.transfers import PREFETCH, WAIT, recorded_copies
 from lightcache_fx.workload import Residence, Stay
 from pipelines import PIPELINES, SMALL
@@ -85,7 +87,7 @@ class Pipeline:
         return {name: getattr(self, name) for name in names}
 
     def __call__(
-        self, seed: int = 0, num_steps: int = NUM_STEPS, *, refined: bool = False, decoded: int = 1, batch: int = 2
+        self, seed: int = 0, num_steps: int = NUM_STEPS, *, refined: int = 0, decoded: int = 1, batch: int = 2
     ) -> torch.Tensor:
         with torch.no_grad():
             condition = self.encoder(latent(1000 + seed, batch)[:, :3].to(self.device))
@@ -94,7 +96,7 @@ class Pipeline:
             for timestep in self.scheduler.timesteps.to(self.device):
                 sample = self.scheduler.step(self.denoiser(sample, timestep, condition), sample)
             self.between()
-            if refined:
+            for _ in range(refined):
                 sample = self.refiner(sample)
             return torch.cat([self.decoder(sample + number) for number in range(decoded)])
 
@@ -166,6 +168,8 @@ def test_the_next_stage_finds_its_first_weights(budget: str | None, interval: in
     assert later == [[5, later[0][1], 0]] * 3
     assert later[0][1] < first[1] or first[1] == 0
     assert len(last_calls(swapping, "encoder")) == len(last_calls(swapping, "denoiser")) == 1
+    (last,), denoiser = last_calls(swapping, "denoiser"), runtime_of(swapping, "denoiser").latest()
+    assert not denoiser.bound[last.name].resident, "what it does not read makes room"
     assert budgets_kept(swapping)
 
 
@@ -214,6 +218,18 @@ def test_a_stage_that_is_called_several_times() -> None:
         before = late(swapping, "decoder") if number else 0
         assert torch.equal(swapping(number, decoded=decoded), plain(number, decoded=decoded))
         assert late(swapping, "decoder") - before == 5 * decoded - 5 * bool(number)
+
+
+def test_a_stage_behind_the_denoiser_that_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in a run of so many steps, which say nothing of its calls."""
+    swapping, plain = pipelines(policy("40%"))
+    handed: list[RunTracker] = []
+    hand_to = Ledger.hand_to
+    monkeypatch.setattr(Ledger, "hand_to", lambda self, tracker: (handed.append(tracker), hand_to(self, tracker))[1])
+    for seed in range(3):
+        handed.clear()
+        assert torch.equal(swapping(seed, refined=2), plain(seed, refined=2))
+    assert handed == [runtime_of(swapping, name).tracker for name in ("denoiser", "refiner", "decoder")]
 
 
 # Where the guess is wrong ------------------------------------------------------------------------------------------
@@ -409,6 +425,35 @@ def test_a_pipeline_plan_says_what_is_handed_over(budget: str, interval: int, nu
     assert plan.stages[2].saved_seconds > 0 or interval > 1, "a full step is long enough"
     assert plan.as_dict()["stages"]["denoiser"]["handed_over_bytes"] > 100_000
     assert "stages hand over their first weights" in str(plan)
+
+
+def test_a_last_call_by_hand() -> None:
+    """Room for 7 bytes; `w` is handed in for `a` and fetched again for `d` and the next `a`; `r` is resident."""
+    step = "a 1 0 w -\nb 1 0 r -\nc 1 0 v -\nd 1 0 w -\ne 1 0 - -"
+    period = workload(step, sizes={"w": 4, "r": 2, "v": 3})
+    residence = Residence(frozenset("r"), (Stay("v", 1, 2, 2), Stay("w", 3, 3, 5)))
+    swap = SimpleNamespace(
+        workload=period,
+        plan=SimpleNamespace(residence=residence, budget=7),
+        transfers=transfers_of(residence, period),
+        hardware=Hardware(CPU, SLOW),
+    )
+    found = plan_hand_over(swap, 0, {"x": 2, "y": 2, "z": 3, "too large": 9})
+    assert found.sizes == {"x": 2, "y": 2, "z": 3}
+    assert found.peak_bytes == 7
+    assert found.in_time == {"x"}, "from `b` to `d`; the others begin at `e`"
+    assert set(found.transfers.stays) == {
+        LocalStay("r", "weight", None, ("b",)),
+        LocalStay("w", "weight", None, ("a",)),
+        LocalStay("v", "weight", "b", ("c",)),
+        LocalStay("w", "weight", "d", ("d",)),
+        LocalStay("x", "next", "b", (), handed_on=True),
+        LocalStay("y", "next", "e", (), handed_on=True),
+        LocalStay("z", "next", "e", (), handed_on=True),
+    }
+    assert [stay.name for stay in found.transfers.stays if stay.kind == "next"] == ["x", "y", "z"]
+    late = plan_hand_over(swap, 0, {"x": 1})
+    assert [stay.prefetch for stay in late.transfers.stays if stay.kind == "next"] == ["e"], "no earlier than it must"
 
 
 def test_time_that_is_saved_by_hand() -> None:
