@@ -13,8 +13,8 @@ from torch import nn
 
 from lightcache_fx.arena import is_dense
 from lightcache_fx.budgets import with_memory
-from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
-from lightcache_fx.capture import Capture, capture, refuse_autocast
+from lightcache_fx.calls import Call, CallLayout, CallReader, CapturedCall, method_of
+from lightcache_fx.capture import capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Compiled:
     """Everything made for one signature."""
 
-    capture: Capture
+    capture: CapturedCall
     plan: Plan
     programs: dict[str, Program]
     bound: dict[str, BoundProgram]
@@ -104,7 +104,7 @@ class Runtime:
         self.module = module
         self.policy = policy
         self.reader = CallReader(module, rates=policy.rates, method=method)
-        self.marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
+        self.marked = self._paths_to_mark()
         self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
         self.counts: Counter[str] = Counter()
         self.homes = homes or homes_of(module, policy)
@@ -114,6 +114,10 @@ class Runtime:
         self._state = ModuleState.take(module, self.homes.device_of)
         self._lock = threading.Lock()
         self._local = _PerThread()
+
+    def _paths_to_mark(self) -> list[str]:
+        """The submodules that a capture must be able to find."""
+        return paths_to_mark(self.policy.cache.cut, self.module) if self.policy.cache is not None else []
 
     @property
     def tracker(self) -> RunTracker:
@@ -304,6 +308,12 @@ class Runtime:
                 f"{type(self.module).__name__} has not been called yet, so there are no programs; call it once"
             )
         return next(reversed(self.compiled.values()))
+
+    def current(self) -> list[Compiled]:
+        """What was made for the module in the state that it is in now, the signature that was used last at the end."""
+        key = ModuleState.take(self.module, self.homes.device_of).key
+        with self._lock:
+            return [made for (_, state), made in self.compiled.items() if state == key]
 
 
 def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object, ...]) -> bool:
