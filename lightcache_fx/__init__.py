@@ -5,6 +5,7 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 """
 
 from lightcache_fx import errors
+from lightcache_fx.loading import load
 from lightcache_fx.mapped import map_weights
 from lightcache_fx.module import Report, decode_frames, inspect, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
@@ -13,8 +14,8 @@ from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Auto, Cache, Chunk, Decode, Layers, Policy, Region, Residual, Swap
 from lightcache_fx.printer import diff, format_graph, print_diff
 from lightcache_fx.runs import branch_name, marked_run, step_done
-
-__version__ = "0.1.0"
+from lightcache_fx.saving import save
+from lightcache_fx.version import __version__ as __version__
 
 __all__ = [
     "Auto",
@@ -36,6 +37,7 @@ __all__ = [
     "errors",
     "format_graph",
     "inspect",
+    "load",
     "map_weights",
     "marked_run",
     "plan",
@@ -43,6 +45,7 @@ __all__ = [
     "print_diff",
     "reset",
     "restore",
+    "save",
     "step_done",
     "transform",
     "transform_pipeline",

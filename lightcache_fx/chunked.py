@@ -123,6 +123,10 @@ class ChunkedRegion(nn.Module):
         assert isinstance(found, fx.GraphModule)
         return found
 
+    def direct(self, index: int) -> int | None:
+        """The output that a body writes itself, into its last argument."""
+        return self._direct[index]
+
     def replace_body(self, index: int, body: fx.GraphModule) -> None:
         """Put another body of the same inputs and outputs in the place of one."""
         self.bodies[index] = body

@@ -29,6 +29,7 @@ from lightcache_fx.policy import Policy
 from lightcache_fx.program import Program
 from lightcache_fx.runs import branch_name
 from lightcache_fx.runtime import Ledger, Runtime, homes_of
+from lightcache_fx.saved_weights import SavedWeights
 from lightcache_fx.views import second_view
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,7 +38,7 @@ _AUTOENCODER_METHODS = ("decode", "encode")
 
 
 @dataclass(frozen=True)
-class _Added:
+class Added:
     """What a transformed module has beside its original's attributes."""
 
     original: nn.Module
@@ -58,7 +59,7 @@ class TransformedModule(nn.Module):
     """
 
     __slots__ = ()
-    _lightcache: _Added
+    _lightcache: Added
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As every module's; it waits for a capture in another thread before the first hook runs."""
@@ -155,7 +156,7 @@ def transform_component(module: M, policy: Policy, ledger: Ledger, *, may_stay_e
     runtimes = {
         method: Runtime(
             module,
-            _policy_for(module, policy, method),
+            policy_for(module, policy, method),
             method,
             homes=homes,
             ledger=ledger,
@@ -163,10 +164,11 @@ def transform_component(module: M, policy: Policy, ledger: Ledger, *, may_stay_e
         )
         for method in methods
     }
-    return second_view(module, _module_mixin(type(module), methods), _Added(module, policy, runtimes))
+    return second_view(module, module_mixin(type(module), methods), Added(module, policy, runtimes))
 
 
-def _policy_for(module: nn.Module, policy: Policy, method: str) -> Policy:
+def policy_for(module: nn.Module, policy: Policy, method: str) -> Policy:
+    """What of a policy applies to a method of a module."""
     return policy.of_autoencoder(method) if is_autoencoder(module) else policy
 
 
@@ -184,7 +186,9 @@ def _forward_is_replaced(module: nn.Module) -> bool:
     return found is not None
 
 
-def _module_mixin(cls: type[nn.Module], methods: Sequence[str]) -> type[TransformedModule]:
+def module_mixin(
+    cls: type[nn.Module], methods: Sequence[str], base: type[TransformedModule] = TransformedModule
+) -> type[TransformedModule]:
     """The mixin with methods that show the signatures of the original's, since pipelines inspect them."""
 
     def by_programs(name: str) -> Callable[..., Any]:
@@ -199,7 +203,7 @@ def _module_mixin(cls: type[nn.Module], methods: Sequence[str]) -> type[Transfor
         return method
 
     namespace = {name: by_programs(name) for name in methods}
-    return type("TransformedModule", (TransformedModule,), {"__slots__": (), **namespace})
+    return type(base.__name__, (base,), {"__slots__": (), **namespace})
 
 
 def restore_module(module: M) -> M:
@@ -212,6 +216,11 @@ def restore_module(module: M) -> M:
             f" them first (pipe.remove_all_hooks(), or accelerate.hooks.remove_hook_from_module)"
         )
     original: Any = module._lightcache.original
+    if isinstance(original, SavedWeights):
+        raise TransformError(
+            f"restore: this {type(module).__name__} was loaded from a folder, so there is no original; make it by its"
+            f" own class, and load_state_dict(module.state_dict())"
+        )
     module._lightcache.runtime.recall()
     return original  # type: ignore[no-any-return]
 
@@ -348,7 +357,7 @@ def plan_component(
         raise ArgumentError(f"plan: {type(module).__name__} has no method {method!r}; leave it out for the main one")
     if method is None:
         method = "decode" if is_autoencoder(module) else "forward"
-    policy = _policy_for(module, policy, method)
+    policy = policy_for(module, policy, method)
     reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
     captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightcache_fx.arena import is_dense
 from lightcache_fx.budgets import for_branches, with_memory
-from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
+from lightcache_fx.calls import Call, CallLayout, CallReader, CapturedCall, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
@@ -37,13 +37,13 @@ class Signature:
     """What is made once for one signature.
 
     Attributes:
-        capture: of the model.
+        capture: of the model, or what was saved of it.
         plan: what was decided before memory was looked at.
         state: kept so that the objects whose identity is in the key stay alive.
         compiled: what was made of it, by how many calls a denoising step has.
     """
 
-    capture: Capture
+    capture: CapturedCall
     plan: Plan
     state: ModuleState
     compiled: dict[int, Compiled] = field(default_factory=dict)
@@ -59,8 +59,8 @@ class Compiled:
     bound: dict[str, BoundProgram]
 
     @property
-    def capture(self) -> Capture:
-        """Of the model."""
+    def capture(self) -> CapturedCall:
+        """Of the model, or what was saved of it."""
         return self.signature.capture
 
 
@@ -126,7 +126,7 @@ class Runtime:
         self.module = module
         self.policy = policy
         self.reader = CallReader(module, rates=policy.rates, method=method)
-        self.marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
+        self.marked = self._paths_to_mark()
         self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
         self.counts: Counter[str] = Counter()
         self.homes = homes or homes_of(module, policy)
@@ -136,6 +136,10 @@ class Runtime:
         self._state = ModuleState.take(module, self.homes.device_of)
         self._lock = threading.Lock()
         self._local = _PerThread()
+
+    def _paths_to_mark(self) -> list[str]:
+        """The submodules that a capture must be able to find."""
+        return paths_to_mark(self.policy.cache.cut, self.module) if self.policy.cache is not None else []
 
     @property
     def tracker(self) -> RunTracker:
@@ -240,9 +244,10 @@ class Runtime:
             return self._keep(found)
 
     def _planned_anew(self, compiled: Compiled, branches: int) -> Compiled:
-        signature, turns = compiled.signature, self._ledger.is_shared
+        signature, captured, turns = compiled.signature, compiled.capture, self._ledger.is_shared
+        assert isinstance(captured, Capture)
         asked = replace(signature.plan, branches=branches)
-        plan = for_branches(compiled.capture, asked, compiled.plan, takes_turns=turns)
+        plan = for_branches(captured, asked, compiled.plan, takes_turns=turns)
         for note in plan.notes:
             if note not in compiled.plan.notes:
                 log.warning("%s", note)
@@ -254,6 +259,7 @@ class Runtime:
 
     def _compiled(self, signature: Signature, plan: Plan) -> Compiled:
         captured = signature.capture
+        assert isinstance(captured, Capture)
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
         resident = plan.swap.resident if plan.swap is not None else frozenset()
@@ -387,6 +393,16 @@ class Runtime:
                 f"{type(self.module).__name__} has not been called yet, so there are no programs; call it once"
             )
         return next(reversed(self.compiled.values()))
+
+    def current(self) -> list[list[Compiled]]:
+        """What was made for the module in the state that it is in now, the signature that was used last at the end.
+
+        Of each signature, what was made for each number of guidance branches; likewise, what was used last at the end.
+        """
+        key = ModuleState.take(self.module, self.homes.device_of).key
+        with self._lock:
+            used = [made for (_, state), made in self.compiled.items() if state == key]
+            return [[*(m for m in made.signature.compiled.values() if m is not made), made] for made in used]
 
 
 def _signature_of(branch: Branch) -> object:
