@@ -152,6 +152,8 @@ def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, 
         with graph.inserting_after(after):
             after = graph.call_function(operator.getitem, (call, index))
         after.meta = {"val": call.meta["val"][index], "nn_module_stack": node.meta.get("nn_module_stack", {})}
+        if "lightcache_slot" in node.meta:
+            after.meta["lightcache_slot"] = node.meta["lightcache_slot"]
         node.replace_all_uses_with(after, delete_user_cb=lambda user: user not in region.axes)
     for node in reversed(region.body):
         graph.erase_node(node)

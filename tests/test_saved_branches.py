@@ -183,7 +183,7 @@ def test_what_is_swapped_for_more_branches_is_left_out(tmp_path: Path, caplog: p
 
 
 def test_chunks_of_each_number(tmp_path: Path) -> None:
-    asked = Policy(chunk=Chunk(budget="70%"), memory_budget=2**30)
+    asked = policy(chunk=Chunk(budget="70%"))
     fast = saved(tmp_path / "saved", asked, [1, 2])
     loaded = lc.load(tmp_path / "saved")
     assert made_of(loaded)[2].plan.chunks == made_of(fast)[2].plan.chunks
