@@ -35,6 +35,7 @@ from lightcache_fx.manifest import (
 from lightcache_fx.module import Added, TransformedModule, module_mixin, policy_for
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import BoundProgram, Program
+from lightcache_fx.program_log import log_programs
 from lightcache_fx.runtime import Compiled, Ledger, Runtime, Signature, homes_of
 from lightcache_fx.saved_checks import Type, check_programs, check_same, type_of, without_memory
 from lightcache_fx.saved_programs import Read, rebuild_program
@@ -229,6 +230,7 @@ class LoadedRuntime(Runtime):
             check_same(file, known.capture == call, signature.plan == without_memory(plan), known.programs, programs)
         if plan.branches in signature.compiled:
             raise LoadError(f"{file}: this signature is there twice, with {plan.branches} calls a step")
+        log_programs(plan, programs)
         self._keep(Compiled(signature, plan, programs, bound))
 
     def _paths_to_mark(self) -> list[str]:

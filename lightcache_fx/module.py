@@ -26,7 +26,6 @@ from lightcache_fx.hardware import Hardware
 from lightcache_fx.outputs import register_distributions
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
-from lightcache_fx.program import Program
 from lightcache_fx.runs import branch_name
 from lightcache_fx.runtime import Ledger, Runtime, homes_of
 from lightcache_fx.saved_weights import SavedWeights
@@ -79,29 +78,6 @@ class TransformedModule(nn.Module):
         raise TransformError(
             "a transformed module cannot be pickled; pickle lightcache_fx.restore(module), or its state_dict"
         )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a transformed module is made of and has done, for the signature used last.
-
-    Attributes:
-        plan: the decisions.
-        programs: by name: `full`, and `reuse` and `prologue` where there are such.
-        counts: how often each program has run, over all signatures.
-        kept_bytes: bytes of the slots held now by this thread's run.
-        hoisted_bytes: bytes of the hoisted values held now by this thread's run.
-        route: how the model was captured.
-        late_copies: how many copies of weights and slots had not been begun before the call that needed them began.
-    """
-
-    plan: Plan
-    programs: Mapping[str, Program]
-    counts: Mapping[str, int]
-    kept_bytes: int
-    hoisted_bytes: int
-    route: str
-    late_copies: int = 0
 
 
 def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
@@ -236,29 +212,6 @@ def runtime_of(module: nn.Module, method: str | None = None) -> Runtime:
     if method is not None and method not in runtimes:
         raise ArgumentError(f"inspect: {type(module).__name__} runs {', '.join(runtimes)} by programs, not {method!r}")
     return module._lightcache.runtime if method is None else runtimes[method]
-
-
-def inspect(module: nn.Module, method: str | None = None) -> Report:
-    """Programs, plan and counters of a transformed module.
-
-    Args:
-        module: that `transform` returned.
-        method: `forward`, or `decode` or `encode` of an autoencoder; by default forward or decode.
-
-    Raises:
-        TransformError: it is not transformed, or has not been called yet.
-    """
-    runtime = runtime_of(module, method)
-    latest = runtime.latest()
-    return Report(
-        plan=latest.plan,
-        programs=dict(latest.programs),
-        counts=dict(runtime.counts),
-        kept_bytes=runtime.kept_bytes(),
-        hoisted_bytes=runtime.hoisted_bytes(),
-        route=latest.capture.route,
-        late_copies=sum(bound.late_copies for bound in latest.bound.values()),
-    )
 
 
 def decode_frames(vae: nn.Module, *args: Any, **kwargs: Any) -> Iterator[torch.Tensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, OrderedDict
+import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,12 +26,17 @@ from lightcache_fx.outputs import register_distributions
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy, Swap
 from lightcache_fx.program import BoundProgram, Moment, Program, build_programs
+from lightcache_fx.program_log import log_programs
+from lightcache_fx.ranges import profiled
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
 from lightcache_fx.stores import version_of
 from lightcache_fx.swapping import SMALLEST
 from lightcache_fx.units import format_bytes
 
 log = logging.getLogger(__name__)
+
+LONGEST_TIMELINE = 4096
+"""Programs of a run that are remembered, the last ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +97,31 @@ def homes_of(module: nn.Module, policy: Policy) -> Homes:
     return Homes(lambda: weight_slots(module), tier, swap.folder, device=device)
 
 
+class ProgramRun(NamedTuple):
+    """One program of a run.
+
+    Attributes:
+        step: the denoising step's index in the run.
+        branch: the guidance branch's place in the step.
+        program: its name.
+        begin: on the clock of `time.perf_counter`.
+        seconds: that the host spent in it; a CUDA device may still be at work afterwards.
+        kept_bytes: of all branches' slots behind it.
+    """
+
+    step: int
+    branch: int
+    program: str
+    begin: float
+    seconds: float
+    kept_bytes: int
+
+
 class _PerThread(threading.local):
     def __init__(self) -> None:
         self.tracker = RunTracker()
         self.ran_last: Compiled | None = None
+        self.timeline: deque[ProgramRun] = deque(maxlen=LONGEST_TIMELINE)
 
 
 class Runtime:
@@ -164,7 +192,8 @@ class Runtime:
             self._ledger.enter(self.tracker)
             try:
                 position = self._locate(call, compiled)
-                return self._run(call, self._for_branches(compiled, position), position)
+                with profiled(lambda: f"step {position.step}, branch {self._place_of(position, compiled)}"):
+                    return self._run(call, self._for_branches(compiled, position), position)
             except BaseException:
                 self.tracker.reset()
                 raise
@@ -181,7 +210,7 @@ class Runtime:
                 needed,
             )
         self._ledger.enter(self.tracker)
-        with self.homes.all_present(self.homes.device):
+        with self.homes.all_present(self.homes.device), profiled(lambda: f"{self.reader.owner} as it is"):
             return method_of(self.module, self.reader.method)(self.module, *args, **kwargs)
 
     def compile(self, call: Call) -> Compiled:
@@ -257,6 +286,11 @@ class Runtime:
         """The guidance branches that this signature's programs run for, by their places in the step."""
         return [branch for branch in self.tracker.branches if _signature_of(branch) is compiled.signature]
 
+    def _place_of(self, position: Position, compiled: Compiled) -> int:
+        """A call's guidance branch, by its place in the step."""
+        members = self._members(compiled)
+        return members.index(position.branch) if position.branch in members else len(members)
+
     def _compiled(self, signature: Signature, plan: Plan) -> Compiled:
         captured = signature.capture
         assert isinstance(captured, Capture)
@@ -270,6 +304,7 @@ class Runtime:
             )
             for name, program in programs.items()
         }
+        log_programs(plan, programs)
         return Compiled(signature, plan, programs, bound)
 
     def _bring_home(self, planned: frozenset[str]) -> None:
@@ -295,6 +330,7 @@ class Runtime:
             reader = _HostReader(times, inputs)
             position = self.tracker.locate(reader.time(self.tracker.branches), group, inputs, reader.equal)
         if position.begins_run:
+            self._local.timeline.clear()
             compiled.plan.schedule.check(run.num_steps if run is not None else None)
         return position
 
@@ -315,15 +351,15 @@ class Runtime:
                 for slot, there in places.items():
                     member.stores.arrange(slot, there)
         if "prologue" in compiled.bound:
-            self._update_hoisted(call, compiled, branch)
+            self._update_hoisted(call, compiled, position)
         branch.since_full = 0 if is_full else branch.since_full + 1
         moment = Moment([member.stores for member in members])
         if num_steps is not None:
             count, steps_left = compiled.plan.branches, max(0, num_steps - 1 - position.step)
             moment = replace(moment, calls_left=(steps_left + 1) * count - 1 - place, is_last_step=not steps_left)
         kind = "full" if is_full else "reuse"
-        bound = compiled.bound[kind if swap is None else swap.variants[index]]
-        tensors = bound(call.tensors, branch.stores, moment)
+        name = kind if swap is None else swap.variants[index]
+        tensors = self._timed(compiled, name, call, position, moment)
         self.counts[kind] += 1
         return compiled.capture.rebuild_output(tensors)
 
@@ -352,9 +388,21 @@ class Runtime:
         has_all = all(slot in branch.stores for slot in compiled.bound[name].slots_read)
         return step * plan.branches + place if has_all else place
 
-    def _update_hoisted(self, call: Call, compiled: Compiled, branch: Branch) -> None:
+    def _timed(
+        self, compiled: Compiled, name: str, call: Call, position: Position, moment: Moment | None = None
+    ) -> list[torch.Tensor]:
+        """Run a program, as profilers and the run's timeline show it; nothing waits for the device."""
+        bound, place, begin = compiled.bound[name], self._place_of(position, compiled), time.perf_counter()
+        with profiled(lambda: f"{self.reader.owner}.{name}"):
+            tensors = bound(call.tensors, position.branch.stores, moment or Moment())
+        bound.runs += 1
+        seconds = time.perf_counter() - begin
+        self._local.timeline.append(ProgramRun(position.step, place, name, begin, seconds, self.kept_bytes()))
+        return tensors
+
+    def _update_hoisted(self, call: Call, compiled: Compiled, position: Position) -> None:
         """Run the prologue unless it has run in this run for these very tensors."""
-        prologue = compiled.bound["prologue"]
+        prologue, branch = compiled.bound["prologue"], position.branch
         inputs = [call.tensors[i] for i in prologue.user_inputs]
         sources = [*inputs, *prologue.weights()]
         key = tuple(map(version_of, sources))
@@ -364,7 +412,7 @@ class Runtime:
             branch.hoisted_key, branch.hoisted_sources = key, sources
             return
         branch.stores.hoisted = {}
-        prologue(call.tensors, branch.stores)
+        self._timed(compiled, "prologue", call, position)
         branch.hoisted_key = key
         branch.hoisted_sources = sources
         self.counts["prologue"] += 1
@@ -376,11 +424,19 @@ class Runtime:
 
     def kept_bytes(self) -> int:
         """Bytes of the slots that the calling thread holds now."""
-        return sum(_num_bytes(slot) for branch in self.tracker.branches for slot in branch.stores.slots.values())
+        return sum(branch.stores.slot_bytes() for branch in self.tracker.branches)
 
     def hoisted_bytes(self) -> int:
         """Bytes of the hoisted values that the calling thread holds now."""
         return sum(_num_bytes(value) for branch in self.tracker.branches for value in branch.stores.hoisted.values())
+
+    def timeline(self) -> tuple[ProgramRun, ...]:
+        """The programs of the calling thread's last run, in order; of a very long one, the last."""
+        return tuple(self._local.timeline)
+
+    def uncaptured(self) -> str | None:
+        """Why the module runs as it is, where it does."""
+        return self._uncaptured
 
     def latest(self) -> Compiled:
         """What was made for the signature that was used last.
@@ -400,8 +456,12 @@ class Runtime:
         Of each signature, what was made for each number of guidance branches; likewise, what was used last at the end.
         """
         key = ModuleState.take(self.module, self.homes.device_of).key
+        return [every for every in self.everything() if every[-1].signature.state.key == key]
+
+    def everything(self) -> list[list[Compiled]]:
+        """As `current`, of every state that the module has been in."""
         with self._lock:
-            used = [made for (_, state), made in self.compiled.items() if state == key]
+            used = list(self.compiled.values())
             return [[*(m for m in made.signature.compiled.values() if m is not made), made] for made in used]
 
 

@@ -116,6 +116,7 @@ def _insert_regions(
                 f"{file}: the graph has a region {name!r}, but its record has {', '.join(records) or 'none'}"
             )
         modules[name] = region = _rebuild_region(records[name], read)
+        region.name = str(name)
         with graph.inserting_before(node):
             call = graph.create_node("call_module", name, tuple(inputs), name=node.name)
         call.meta = {

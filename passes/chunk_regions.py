@@ -133,6 +133,7 @@ def _check_overwrites(graph: fx.Graph, region: Region, planned: PlannedRegion, f
 def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, flops_of: dict[fx.Node, int]) -> None:
     pairs = [(over.output, over.input) for over in planned.overwrites if over.input < len(region.inputs)]
     module = build_region(region, planned.count, flops_of, candidates=pairs)
+    module.name = name
     _check_overwrites(graph, region, planned, module.overwrites)
     for index, chunking in enumerate(planned.bodies):
         module.replace_body(index, chunked_copy(module.body(index).graph, chunking))
