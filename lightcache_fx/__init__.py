@@ -5,16 +5,18 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 """
 
 from lightcache_fx import errors
+from lightcache_fx.loading import load
 from lightcache_fx.mapped import map_weights
-from lightcache_fx.module import Report, decode_frames, inspect, plan, reset, transform
+from lightcache_fx.module import decode_frames, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
 from lightcache_fx.pipeline_plan import PipelinePlan, Stage, plan_pipeline
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Auto, Cache, Chunk, Decode, Layers, Policy, Region, Residual, Swap
 from lightcache_fx.printer import diff, format_graph, print_diff
+from lightcache_fx.reports import PipelineReport, ProgramReport, Report, SignatureReport, inspect
 from lightcache_fx.runs import branch_name, marked_run, step_done
-
-__version__ = "0.1.0"
+from lightcache_fx.saving import save
+from lightcache_fx.version import __version__ as __version__
 
 __all__ = [
     "Auto",
@@ -23,11 +25,14 @@ __all__ = [
     "Decode",
     "Layers",
     "PipelinePlan",
+    "PipelineReport",
     "Plan",
     "Policy",
+    "ProgramReport",
     "Region",
     "Report",
     "Residual",
+    "SignatureReport",
     "Stage",
     "Swap",
     "branch_name",
@@ -36,6 +41,7 @@ __all__ = [
     "errors",
     "format_graph",
     "inspect",
+    "load",
     "map_weights",
     "marked_run",
     "plan",
@@ -43,6 +49,7 @@ __all__ = [
     "print_diff",
     "reset",
     "restore",
+    "save",
     "step_done",
     "transform",
     "transform_pipeline",

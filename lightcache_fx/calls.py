@@ -12,7 +12,7 @@ import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -127,6 +127,21 @@ class Call:
         return tuple(t for t, leaf in zip(self.tensors, self.layout.leaves, strict=True) if leaf.rate == rate)
 
 
+class CapturedCall(Protocol):
+    """What running programs takes of the capture that they were made of, or of the file that they were loaded from."""
+
+    @property
+    def layout(self) -> CallLayout:
+        """The call."""
+
+    @property
+    def route(self) -> str:
+        """How the model was captured."""
+
+    def rebuild_output(self, tensors: Sequence[object]) -> object:
+        """The model's own output structure around the tensors that a program returned."""
+
+
 def method_of(module: nn.Module, name: str) -> Callable[..., Any]:
     """A method of the module's class, unbound: what stands on the instance (hooks of the root) runs around it."""
     found: Callable[..., Any] = getattr(type(module), name)
@@ -158,6 +173,10 @@ class CallReader:
         self._rates = {name: rates.get(name, default_rate(name, first=i == 0)) for i, name in enumerate(names)}
         self._declared = dict(rates)
 
+    def parameters(self) -> list[inspect.Parameter]:
+        """The method's parameters, `self` left out."""
+        return list(self._signature.parameters.values())
+
     def read(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
         """Bind and flatten one call.
 
@@ -182,7 +201,7 @@ class CallReader:
         as_number: list[tuple[int, type[int] | type[float]]] = []
         for position, (path, leaf) in enumerate(flat):
             parameter, name = self._name_of(path, names)
-            rate = self._rate_of(parameter)
+            rate = self.rate_of(parameter)
             if rate == "step" and not isinstance(leaf, bool) and isinstance(leaf, numbers.Real):
                 as_number.append((len(tensors), int if isinstance(leaf, numbers.Integral) else float))
                 leaf = torch.tensor(float(leaf), dtype=torch.float64, device=device)
@@ -217,7 +236,22 @@ class CallReader:
         )
         return Call(layout, tuple(tensors))
 
-    def _rate_of(self, parameter: str) -> Rate:
+    def describe(self, layout: CallLayout) -> dict[str, str]:
+        """Every argument of a call by its printable name, as messages word it."""
+        kinds = dict(layout.numbers)
+        words: list[object] = []
+        for index, type_ in enumerate(layout.tensor_types):
+            dtype = str(type_.dtype).removeprefix("torch.")
+            strides = f", strides {list(type_.strides)}" if type_.strides is not None else ""
+            text = f"{dtype}{list(type_.shape)}{strides} on {type_.device}"
+            words.append(_Words(f"a Python {kinds[index].__name__}" if index in kinds else text))
+        names = [p.name for p in self._signature.parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+        flat, _ = pytree.tree_flatten_with_path(layout.rebuild(words))
+        found = {self._name_of(path, names)[1]: leaf if isinstance(leaf, _Words) else repr(leaf) for path, leaf in flat}
+        return {**found, "generator": "a torch.Generator"} if layout.has_generator else found
+
+    def rate_of(self, parameter: str) -> Rate:
+        """How often an argument changes: as declared, or by its name."""
         known = self._rates.get(parameter) or self._declared.get(parameter)
         return known or default_rate(parameter, first=parameter == f"{_POSITIONAL}0")
 
@@ -228,6 +262,12 @@ class CallReader:
             (positional[key.idx] if key.idx < len(positional) else f"{_POSITIONAL}{key.idx}") if side == 0 else key.key
         )
         return parameter, parameter + pytree.keystr(path[2:])
+
+
+class _Words(str):
+    """What stands for a tensor in a call that is described; no leaf of a call is of this class."""
+
+    __slots__ = ()
 
 
 def _tensor_type(tensor: torch.Tensor) -> TensorType:

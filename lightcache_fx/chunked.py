@@ -22,6 +22,7 @@ from lightcache_fx.direct_writes import direct_output, write_directly, written_b
 from lightcache_fx.graphs import GraphInput, num_bytes, outputs, placeholders
 from lightcache_fx.in_place import Overwrite, overwrites
 from lightcache_fx.liveness import Timeline, timeline
+from lightcache_fx.ranges import profiled
 from lightcache_fx.regions import Reads, Region, full_value, ranges_of, reads_of
 
 
@@ -62,6 +63,7 @@ class ChunkedRegion(nn.Module):
     """Runs a region chunk by chunk; its arguments are the region's inputs, its results the region's outputs.
 
     Attributes:
+        name: of the call in its graph, for profilers.
         label: what is cut, for the printed graph: `dim 0: [25] in 25 chunks`.
         flops: of all chunks together, halos included.
         overwrites: outputs that are written over inputs, which must not be used afterwards.
@@ -78,6 +80,7 @@ class ChunkedRegion(nn.Module):
         overwrites: tuple[Overwrite, ...] = (),
     ) -> None:
         super().__init__()
+        self.name = "region"
         self.bodies = nn.ModuleList(bodies)
         self.chunks = chunks
         self.outputs = outputs
@@ -92,10 +95,12 @@ class ChunkedRegion(nn.Module):
         over = self.overwritten()
         results = [inputs[over[i]] if i in over else output.empty() for i, output in enumerate(self.outputs)]
         waiting: list[_Part] = []
-        for chunk in self.chunks:
-            waiting = self._run(chunk, inputs, results, waiting)
-        for write, part in waiting:
-            _write(results[write.index], write, part)
+        with profiled(lambda: f"{self.name} ({self.label})"):
+            for number, chunk in enumerate(self.chunks):
+                with profiled(lambda n=number: f"chunk {n} of {self.name}"):  # type: ignore[misc]
+                    waiting = self._run(chunk, inputs, results, waiting)
+            for write, part in waiting:
+                _write(results[write.index], write, part)
         return tuple(results)
 
     def _run(
@@ -122,6 +127,10 @@ class ChunkedRegion(nn.Module):
         found = self.bodies[index]
         assert isinstance(found, fx.GraphModule)
         return found
+
+    def direct(self, index: int) -> int | None:
+        """The output that a body writes itself, into its last argument."""
+        return self._direct[index]
 
     def replace_body(self, index: int, body: fx.GraphModule) -> None:
         """Put another body of the same inputs and outputs in the place of one."""

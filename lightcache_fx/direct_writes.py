@@ -76,3 +76,8 @@ def write_directly(graph: fx.Graph, index: int, place: torch.Tensor) -> None:
 def written_by(graph: fx.Graph) -> int | None:
     """The output that a body writes itself into its last argument."""
     return next((node.meta[_WRITES] for node in placeholders(graph) if _WRITES in node.meta), None)
+
+
+def marked_as_written(graph: fx.Graph, index: int) -> None:
+    """Say of a body that is read from a file that it writes output number `index` itself into its last argument."""
+    placeholders(graph)[-1].meta[_WRITES] = index

@@ -59,6 +59,18 @@ class WeightFileError(LightcacheError, ValueError):
     """Files do not hold the weights of a module, or cannot be mapped."""
 
 
+class SaveError(LightcacheError, ValueError):
+    """A transformed module cannot be written so that another process could load it; nothing was written."""
+
+
+class LoadError(LightcacheError, ValueError):
+    """A folder does not hold a saved module that can be loaded here: damaged, foreign, or made by other versions."""
+
+
+class SignatureError(ArgumentError):
+    """A loaded module was called in a way that it has no programs for."""
+
+
 class ScheduleError(LightcacheError, ValueError):
     """A schedule does not fit the run it is used in."""
 

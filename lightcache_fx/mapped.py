@@ -30,7 +30,7 @@ from lightcache_fx.units import format_bytes
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _SHOWN = 3
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -67,7 +67,7 @@ def map_weights(module: nn.Module, path: str | Path) -> nn.Module:
         WeightFileError: there is no such file, it is damaged, or it holds other weights than the module's; the module
             is as it was.
     """
-    entries = {entry.name: entry for entry in chain.from_iterable(map(_entries, _files_at(Path(path))))}
+    entries = {entry.name: entry for entry in chain.from_iterable(map(entries_of, files_at(Path(path))))}
     tables = weight_slots(module)
     weights = {name: table[key] for name, (table, key) in tables.items() if table[key] is not None}
     _check(module, Path(path), entries, weights)
@@ -113,7 +113,7 @@ class MappedFile:
         with _LOCK:
             _FILES.add(self)
 
-    def tensor(self, entry: _Entry) -> torch.Tensor:
+    def tensor(self, entry: Entry) -> torch.Tensor:
         """One of its tensors; nothing is read."""
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
@@ -146,7 +146,7 @@ def _file_of(tensor: torch.Tensor) -> MappedFile | None:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """Where a tensor lies in its file; offsets are from the file's beginning."""
 
     name: str
@@ -163,10 +163,14 @@ def _bound(tensor: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
 
 
-def _files_at(path: Path) -> list[Path]:
-    """The files that a path stands for."""
+def files_at(path: Path) -> list[Path]:
+    """The files that a path stands for: itself, those of an index, or those of a folder.
+
+    Raises:
+        WeightFileError: there are none, or several sets.
+    """
     if path.is_dir():
-        return _files_at(_one_of(path))
+        return files_at(_one_of(path))
     if not path.is_file():
         raise WeightFileError(f"no such file or folder: {path}")
     if path.suffix != ".json":
@@ -184,7 +188,7 @@ def _files_at(path: Path) -> list[Path]:
 def _one_of(folder: Path) -> Path:
     """The file or index in a folder; one without a variant in its name (`.fp16`) where there are several."""
     indexes = sorted(folder.glob("*.safetensors.index*.json"))
-    listed = {file for index in indexes for file in _files_at(index)}
+    listed = {file for index in indexes for file in files_at(index)}
     found = [*indexes, *(file for file in sorted(folder.glob("*.safetensors")) if file not in listed)]
     plain = [path for path in found if path.name.endswith(".index.json") or path.name.count(".") == 1]
     if len(found) == 1 or len(plain) == 1:
@@ -199,8 +203,12 @@ def _one_of(folder: Path) -> Path:
     )
 
 
-def _entries(path: Path) -> list[_Entry]:
-    """What a file holds, by its header: its length in 8 bytes, then JSON, then the tensors."""
+def entries_of(path: Path) -> list[Entry]:
+    """What a file holds, by its header: its length in 8 bytes, then JSON, then the tensors.
+
+    Raises:
+        WeightFileError: it is no safetensors file, or is cut short.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -217,16 +225,20 @@ def _entries(path: Path) -> list[_Entry]:
     return found
 
 
-def _entry(name: str, entry: Mapping[str, Any], path: Path, data: int) -> _Entry:
-    if entry["dtype"] not in _DTYPES:
+def _entry(name: str, entry: Mapping[str, Any], path: Path, data: int) -> Entry:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise WeightFileError(f"{path}: {name!r} has dtype {entry['dtype']}, which is not supported")
-    dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), entry["data_offsets"]
+    dtype, shape, (begin, end) = (
+        SAFETENSORS_DTYPES[entry["dtype"]],
+        tuple(map(int, entry["shape"])),
+        entry["data_offsets"],
+    )
     if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name!r} has offsets {begin} to {end} for shape {shape}")
-    return _Entry(name, path, dtype, shape, data + begin, data + end)
+    return Entry(name, path, dtype, shape, data + begin, data + end)
 
 
-def _check(module: nn.Module, path: Path, entries: Mapping[str, _Entry], weights: Mapping[str, torch.Tensor]) -> None:
+def _check(module: nn.Module, path: Path, entries: Mapping[str, Entry], weights: Mapping[str, torch.Tensor]) -> None:
     """Raise a `WeightFileError` where the files do not hold exactly the module's weights."""
     model, persistent = type(module).__name__, set(module.state_dict(keep_vars=True))
     held = {id(weights[name]) for name in entries if name in weights}

@@ -29,9 +29,9 @@ from lightcache_fx.outputs import register_distributions
 from lightcache_fx.placement import placement_of
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
-from lightcache_fx.program import Program
 from lightcache_fx.runs import branch_name
 from lightcache_fx.runtime import Runtime, homes_of
+from lightcache_fx.saved_weights import SavedWeights
 from lightcache_fx.views import second_view
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,7 +40,7 @@ _AUTOENCODER_METHODS = ("decode", "encode")
 
 
 @dataclass(frozen=True)
-class _Added:
+class Added:
     """What a transformed module has beside its original's attributes."""
 
     original: nn.Module
@@ -61,7 +61,7 @@ class TransformedModule(nn.Module):
     """
 
     __slots__ = ()
-    _lightcache: _Added
+    _lightcache: Added
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As every module's; it waits for a capture in another thread before the first hook runs."""
@@ -81,29 +81,6 @@ class TransformedModule(nn.Module):
         raise TransformError(
             "a transformed module cannot be pickled; pickle lightcache_fx.restore(module), or its state_dict"
         )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a transformed module is made of and has done, for the signature used last.
-
-    Attributes:
-        plan: the decisions.
-        programs: by name: `full`, and `reuse` and `prologue` where there are such.
-        counts: how often each program has run, over all signatures.
-        kept_bytes: bytes of the slots held now by this thread's run.
-        hoisted_bytes: bytes of the hoisted values held now by this thread's run.
-        route: how the model was captured.
-        late_copies: how many copies of weights and slots had not been begun before the call that needed them began.
-    """
-
-    plan: Plan
-    programs: Mapping[str, Program]
-    counts: Mapping[str, int]
-    kept_bytes: int
-    hoisted_bytes: int
-    route: str
-    late_copies: int = 0
 
 
 def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
@@ -159,7 +136,7 @@ def transform_component(module: M, policy: Policy, ledger: Ledger, *, may_stay_e
     runtimes = {
         method: Runtime(
             module,
-            _policy_for(module, policy, method),
+            policy_for(module, policy, method),
             method,
             homes=homes,
             ledger=ledger,
@@ -167,10 +144,11 @@ def transform_component(module: M, policy: Policy, ledger: Ledger, *, may_stay_e
         )
         for method in methods
     }
-    return second_view(module, _module_mixin(type(module), methods), _Added(module, policy, runtimes))
+    return second_view(module, module_mixin(type(module), methods), Added(module, policy, runtimes))
 
 
-def _policy_for(module: nn.Module, policy: Policy, method: str) -> Policy:
+def policy_for(module: nn.Module, policy: Policy, method: str) -> Policy:
+    """What of a policy applies to a method of a module."""
     return policy.of_autoencoder(method) if is_autoencoder(module) else policy
 
 
@@ -188,7 +166,9 @@ def _forward_is_replaced(module: nn.Module) -> bool:
     return found is not None
 
 
-def _module_mixin(cls: type[nn.Module], methods: Sequence[str]) -> type[TransformedModule]:
+def module_mixin(
+    cls: type[nn.Module], methods: Sequence[str], base: type[TransformedModule] = TransformedModule
+) -> type[TransformedModule]:
     """The mixin with methods that show the signatures of the original's, since pipelines inspect them."""
 
     def by_programs(name: str) -> Callable[..., Any]:
@@ -203,7 +183,7 @@ def _module_mixin(cls: type[nn.Module], methods: Sequence[str]) -> type[Transfor
         return method
 
     namespace = {name: by_programs(name) for name in methods}
-    return type("TransformedModule", (TransformedModule,), {"__slots__": (), **namespace})
+    return type(base.__name__, (base,), {"__slots__": (), **namespace})
 
 
 def restore_module(module: M) -> M:
@@ -216,6 +196,11 @@ def restore_module(module: M) -> M:
             f" them first (pipe.remove_all_hooks(), or accelerate.hooks.remove_hook_from_module)"
         )
     original: Any = module._lightcache.original
+    if isinstance(original, SavedWeights):
+        raise TransformError(
+            f"restore: this {type(module).__name__} was loaded from a folder, so there is no original; make it by its"
+            f" own class, and load_state_dict(module.state_dict())"
+        )
     module._lightcache.runtime.recall()
     return original  # type: ignore[no-any-return]
 
@@ -231,29 +216,6 @@ def runtime_of(module: nn.Module, method: str | None = None) -> Runtime:
     if method is not None and method not in runtimes:
         raise ArgumentError(f"inspect: {type(module).__name__} runs {', '.join(runtimes)} by programs, not {method!r}")
     return module._lightcache.runtime if method is None else runtimes[method]
-
-
-def inspect(module: nn.Module, method: str | None = None) -> Report:
-    """Programs, plan and counters of a transformed module.
-
-    Args:
-        module: that `transform` returned.
-        method: `forward`, or `decode` or `encode` of an autoencoder; by default forward or decode.
-
-    Raises:
-        TransformError: it is not transformed, or has not been called yet.
-    """
-    runtime = runtime_of(module, method)
-    latest = runtime.latest()
-    return Report(
-        plan=latest.plan,
-        programs=dict(latest.programs),
-        counts=dict(runtime.counts),
-        kept_bytes=runtime.kept_bytes(),
-        hoisted_bytes=runtime.hoisted_bytes(),
-        route=latest.capture.route,
-        late_copies=sum(bound.late_copies for bound in latest.bound.values()),
-    )
 
 
 def decode_frames(vae: nn.Module, *args: Any, **kwargs: Any) -> Iterator[torch.Tensor]:
@@ -352,7 +314,7 @@ def plan_component(
         raise ArgumentError(f"plan: {type(module).__name__} has no method {method!r}; leave it out for the main one")
     if method is None:
         method = "decode" if is_autoencoder(module) else "forward"
-    policy = _policy_for(module, policy, method)
+    policy = policy_for(module, policy, method)
     reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
     call = reader.read(tuple(args), dict(kwargs or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.capture import Capture
 from lightcache_fx.cuts import Slot
 from lightcache_fx.flops import total_flops
-from lightcache_fx.graphs import GraphInput, copy_graph, input_of, num_bytes, outputs, placeholders
+from lightcache_fx.graphs import GraphInput, calls, copy_graph, input_of, num_bytes, outputs, placeholders
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.passes.base import Pass, run_passes
 from lightcache_fx.passes.insert_transfers import Transfers, insert_transfers
@@ -26,7 +26,7 @@ from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_inv
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan
 from lightcache_fx.stores import SLOT, Copies, Stores, version_of
-from lightcache_fx.transfers import PREFETCH, WAIT
+from lightcache_fx.transfers import OFFLOAD, PREFETCH, WAIT
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,25 @@ class Program:
         }
         return sum(read.values())
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """FLOPs of one run."""
         return total_flops(self.graph_module.graph)
+
+    @property
+    def num_calls(self) -> int:
+        """How many operators and regions it calls."""
+        return sum(1 for _ in calls(self.graph_module.graph))
+
+    @property
+    def num_regions(self) -> int:
+        """How many regions run chunk by chunk."""
+        return sum("lightcache_region" in node.meta for node in self.graph_module.graph.nodes)
+
+    @property
+    def num_transfers(self) -> int:
+        """How many copies to the device and from it one run begins."""
+        return sum(node.target in (PREFETCH, OFFLOAD) for node in calls(self.graph_module.graph))
 
 
 def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
@@ -232,6 +247,8 @@ class BoundProgram:
 
     Attributes:
         late_copies: how many copies were to be handed over and were not.
+        runs: how often it has run to its end.
+        compiled: what runs the graph: `eager` is one operator after the other.
     """
 
     def __init__(
@@ -260,6 +277,8 @@ class BoundProgram:
         again = {stay.name for stay in program.transfers.stays if stay.prefetch is not None and stay.reads}
         self._only_for_later = self._sent_away - again
         self.late_copies = 0
+        self.runs = 0
+        self.compiled = "eager"
         self.slots_read = {i.name for i in program.inputs if i.kind == "slot" and i.name not in self._of_others} | {
             stay.name for stay in program.transfers.stays if stay.kind == "slot" and stay.branch is None
         }

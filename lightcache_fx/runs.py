@@ -20,7 +20,8 @@ from lightcache_fx.stores import Copies, Stores
 
 log = logging.getLogger(__name__)
 
-_MAX_BRANCHES = 64
+MAX_BRANCHES = 64
+"""Calls of a denoising step whose state is kept."""
 _run_numbers = itertools.count()
 _current: ContextVar[MarkedRun | None] = ContextVar("lightcache_fx_run", default=None)
 _branch_name: ContextVar[str | None] = ContextVar("lightcache_fx_branch", default=None)
@@ -296,8 +297,8 @@ class RunTracker:
         self._doubtful = True
 
     def _add(self, group: Hashable, inputs: tuple[torch.Tensor, ...]) -> Branch:
-        if len(self.branches) >= _MAX_BRANCHES:
-            log.warning("more than %d calls in one denoising step; their state is not kept", _MAX_BRANCHES)
+        if len(self.branches) >= MAX_BRANCHES:
+            log.warning("more than %d calls in one denoising step; their state is not kept", MAX_BRANCHES)
             return Branch(group, inputs)
         branch = Branch(group, inputs)
         self.branches.append(branch)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, OrderedDict
+import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightcache_fx.arena import is_dense
 from lightcache_fx.budgets import for_branches, with_memory
-from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
+from lightcache_fx.calls import Call, CallLayout, CallReader, CapturedCall, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
@@ -30,6 +32,8 @@ from lightcache_fx.placement import placement_of, weights_fit
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy, Swap
 from lightcache_fx.program import BoundProgram, Moment, Program, build_last, build_programs
+from lightcache_fx.program_log import log_programs
+from lightcache_fx.ranges import profiled
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
 from lightcache_fx.stores import version_of
 from lightcache_fx.swapping import SMALLEST
@@ -37,19 +41,22 @@ from lightcache_fx.units import format_bytes
 
 log = logging.getLogger(__name__)
 
+LONGEST_TIMELINE = 4096
+"""Programs of a run that are remembered, the last ones."""
+
 
 @dataclass(frozen=True, eq=False)
 class Signature:
     """What is made once for one signature.
 
     Attributes:
-        capture: of the model.
+        capture: of the model, or what was saved of it.
         plan: what was decided before memory was looked at.
         state: kept so that the objects whose identity is in the key stay alive.
         compiled: what was made of it, by how many calls a denoising step has.
     """
 
-    capture: Capture
+    capture: CapturedCall
     plan: Plan
     state: ModuleState
     compiled: dict[int, Compiled] = field(default_factory=dict)
@@ -66,8 +73,8 @@ class Compiled:
     last: dict[int, LastCall] = field(default_factory=dict)
 
     @property
-    def capture(self) -> Capture:
-        """Of the model."""
+    def capture(self) -> CapturedCall:
+        """Of the model, or what was saved of it."""
         return self.signature.capture
 
     def note_places(self) -> None:
@@ -115,10 +122,31 @@ class LastCall:
     name: str
 
 
+class ProgramRun(NamedTuple):
+    """One program of a run.
+
+    Attributes:
+        step: the denoising step's index in the run.
+        branch: the guidance branch's place in the step.
+        program: its name.
+        begin: on the clock of `time.perf_counter`.
+        seconds: that the host spent in it; a CUDA device may still be at work afterwards.
+        kept_bytes: of all branches' slots behind it.
+    """
+
+    step: int
+    branch: int
+    program: str
+    begin: float
+    seconds: float
+    kept_bytes: int
+
+
 class _PerThread(threading.local):
     def __init__(self) -> None:
         self.tracker = RunTracker()
         self.ran_last: Compiled | None = None
+        self.timeline: deque[ProgramRun] = deque(maxlen=LONGEST_TIMELINE)
 
 
 class Runtime:
@@ -152,7 +180,7 @@ class Runtime:
         self.module = module
         self.policy = policy
         self.reader = CallReader(module, rates=policy.rates, method=method)
-        self.marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
+        self.marked = self._paths_to_mark()
         self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
         self.counts: Counter[str] = Counter()
         self.homes = homes or homes_of(module, policy)
@@ -163,6 +191,10 @@ class Runtime:
         self._state = ModuleState.take(module, self.homes.device_of)
         self._lock = threading.Lock()
         self._local = _PerThread()
+
+    def _paths_to_mark(self) -> list[str]:
+        """The submodules that a capture must be able to find."""
+        return paths_to_mark(self.policy.cache.cut, self.module) if self.policy.cache is not None else []
 
     @property
     def tracker(self) -> RunTracker:
@@ -189,7 +221,8 @@ class Runtime:
             self._ledger.enter(self.tracker, run.num_steps if run is not None else None)
             try:
                 position = self._locate(call, compiled)
-                return self._run(call, self._for_branches(compiled, position), position)
+                with profiled(lambda: f"step {position.step}, branch {self._place_of(position, compiled)}"):
+                    return self._run(call, self._for_branches(compiled, position), position)
             except BaseException:
                 self.tracker.reset()
                 self._ledger.let_go()
@@ -208,7 +241,7 @@ class Runtime:
             )
         self._ledger.enter(self.tracker)
         self._ledger.handed.drop()
-        with self.homes.all_present(self.homes.device):
+        with self.homes.all_present(self.homes.device), profiled(lambda: f"{self.reader.owner} as it is"):
             return method_of(self.module, self.reader.method)(self.module, *args, **kwargs)
 
     def compile(self, call: Call) -> Compiled:
@@ -301,9 +334,10 @@ class Runtime:
             return self._keep(found)
 
     def _planned_anew(self, compiled: Compiled, branches: int) -> Compiled:
-        signature, turns = compiled.signature, self._ledger.is_shared
+        signature, captured, turns = compiled.signature, compiled.capture, self._ledger.is_shared
+        assert isinstance(captured, Capture)
         asked = replace(signature.plan, branches=branches)
-        plan = for_branches(compiled.capture, asked, compiled.plan, takes_turns=turns)
+        plan = for_branches(captured, asked, compiled.plan, takes_turns=turns)
         for note in plan.notes:
             if note not in compiled.plan.notes:
                 log.warning("%s", note)
@@ -313,13 +347,20 @@ class Runtime:
         """The guidance branches that this signature's programs run for, by their places in the step."""
         return [branch for branch in self.tracker.branches if _signature_of(branch) is compiled.signature]
 
+    def _place_of(self, position: Position, compiled: Compiled) -> int:
+        """A call's guidance branch, by its place in the step."""
+        members = self._members(compiled)
+        return members.index(position.branch) if position.branch in members else len(members)
+
     def _compiled(self, signature: Signature, plan: Plan) -> Compiled:
         captured = signature.capture
+        assert isinstance(captured, Capture)
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
         bound = {
             name: BoundProgram(program, self.module, captured.constants, names) for name, program in programs.items()
         }
+        log_programs(plan, programs)
         made = Compiled(signature, plan, programs, bound)
         made.note_places()
         return made
@@ -370,6 +411,7 @@ class Runtime:
             reader = _HostReader(times, inputs)
             position = self.tracker.locate(reader.time(self.tracker.branches), group, inputs, reader.equal)
         if position.begins_run:
+            self._local.timeline.clear()
             compiled.plan.schedule.check(run.num_steps if run is not None else None)
         return position
 
@@ -391,7 +433,7 @@ class Runtime:
                 for slot, there in places.items():
                     member.stores.arrange(slot, there)
         if "prologue" in compiled.bound:
-            self._update_hoisted(call, compiled, branch)
+            self._update_hoisted(call, compiled, position)
         branch.since_full = 0 if is_full else branch.since_full + 1
         moment = Moment([member.stores for member in members])
         if num_steps is not None:
@@ -399,9 +441,7 @@ class Runtime:
             moment = replace(moment, calls_left=(steps_left + 1) * count - 1 - place, is_last_step=not steps_left)
         kind = "full" if is_full else "reuse"
         name, moment = self._handing_over(compiled, index, kind, moment)
-        bound = compiled.bound[name]
-        self._ledger.note(bound)
-        tensors = bound(call.tensors, branch.stores, moment)
+        tensors = self._timed(compiled, name, call, position, moment)
         self.counts[kind] += 1
         return compiled.capture.rebuild_output(tensors)
 
@@ -434,10 +474,13 @@ class Runtime:
         if not plan.sizes:
             compiled.last[index] = LastCall(before, None, name)
             return compiled.last[index]
-        program = build_last(compiled.capture, compiled.plan, base, name, plan.transfers, needs)
-        user_names = [leaf.name for leaf in compiled.capture.layout.leaves]
+        captured = compiled.capture
+        assert isinstance(captured, Capture)
+        program = build_last(captured, compiled.plan, base, name, plan.transfers, needs)
+        log_programs(compiled.plan, {name: program})
+        user_names = [leaf.name for leaf in captured.layout.leaves]
         compiled.programs[name] = program
-        compiled.bound[name] = BoundProgram(program, self.module, compiled.capture.constants, user_names)
+        compiled.bound[name] = BoundProgram(program, self.module, captured.constants, user_names)
         compiled.last[index] = LastCall(before, plan, name)
         compiled.note_places()
         return compiled.last[index]
@@ -468,9 +511,22 @@ class Runtime:
         has_all = all(slot in branch.stores for slot in compiled.bound[name].slots_read)
         return step * plan.branches + place if has_all else place
 
-    def _update_hoisted(self, call: Call, compiled: Compiled, branch: Branch) -> None:
+    def _timed(
+        self, compiled: Compiled, name: str, call: Call, position: Position, moment: Moment | None = None
+    ) -> list[torch.Tensor]:
+        """Run a program, as profilers and the run's timeline show it; nothing waits for the device."""
+        bound, place, begin = compiled.bound[name], self._place_of(position, compiled), time.perf_counter()
+        self._ledger.note(bound)
+        with profiled(lambda: f"{self.reader.owner}.{name}"):
+            tensors = bound(call.tensors, position.branch.stores, moment or Moment())
+        bound.runs += 1
+        seconds = time.perf_counter() - begin
+        self._local.timeline.append(ProgramRun(position.step, place, name, begin, seconds, self.kept_bytes()))
+        return tensors
+
+    def _update_hoisted(self, call: Call, compiled: Compiled, position: Position) -> None:
         """Run the prologue unless it has run in this run for these very tensors."""
-        prologue = compiled.bound["prologue"]
+        prologue, branch = compiled.bound["prologue"], position.branch
         inputs = [call.tensors[i] for i in prologue.user_inputs]
         sources = [*inputs, *prologue.weights()]
         key = tuple(map(version_of, sources))
@@ -480,8 +536,7 @@ class Runtime:
             branch.hoisted_key, branch.hoisted_sources = key, sources
             return
         branch.stores.hoisted = {}
-        self._ledger.note(prologue)
-        prologue(call.tensors, branch.stores)
+        self._timed(compiled, "prologue", call, position)
         branch.hoisted_key = key
         branch.hoisted_sources = sources
         self.counts["prologue"] += 1
@@ -493,11 +548,19 @@ class Runtime:
 
     def kept_bytes(self) -> int:
         """Bytes of the slots that the calling thread holds now."""
-        return sum(_num_bytes(slot) for branch in self.tracker.branches for slot in branch.stores.slots.values())
+        return sum(branch.stores.slot_bytes() for branch in self.tracker.branches)
 
     def hoisted_bytes(self) -> int:
         """Bytes of the hoisted values that the calling thread holds now."""
         return sum(_num_bytes(value) for branch in self.tracker.branches for value in branch.stores.hoisted.values())
+
+    def timeline(self) -> tuple[ProgramRun, ...]:
+        """The programs of the calling thread's last run, in order; of a very long one, the last."""
+        return tuple(self._local.timeline)
+
+    def uncaptured(self) -> str | None:
+        """Why the module runs as it is, where it does."""
+        return self._uncaptured
 
     def latest(self) -> Compiled:
         """What was made for the signature that was used last.
@@ -510,6 +573,20 @@ class Runtime:
                 f"{type(self.module).__name__} has not been called yet, so there are no programs; call it once"
             )
         return next(reversed(self.compiled.values()))
+
+    def current(self) -> list[list[Compiled]]:
+        """What was made for the module in the state that it is in now, the signature that was used last at the end.
+
+        Of each signature, what was made for each number of guidance branches; likewise, what was used last at the end.
+        """
+        key = ModuleState.take(self.module, self.homes.device_of).key
+        return [every for every in self.everything() if every[-1].signature.state.key == key]
+
+    def everything(self) -> list[list[Compiled]]:
+        """As `current`, of every state that the module has been in."""
+        with self._lock:
+            used = list(self.compiled.values())
+            return [[*(m for m in made.signature.compiled.values() if m is not made), made] for made in used]
 
 
 def _signature_of(branch: Branch) -> object:

@@ -138,6 +138,11 @@ class Stores:
         else:
             WAIT(value)  # as in `Copies`
 
+    def slot_bytes(self) -> int:
+        """Bytes of all slots, each counted once, wherever it is."""
+        passed_on = {name: copy for name, (copy, _) in self.slot_copies.held.items()}
+        return sum(slot.untyped_storage().nbytes() for slot in {**passed_on, **self.slots}.values())
+
     def forget_slots(self) -> None:
         """Free all slots, wherever they are."""
         self.slots.clear()

@@ -35,6 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightcache_fx.arena import arena_of, arenas, span_of
 from lightcache_fx.errors import SwapError
 from lightcache_fx.mapped import check_file
+from lightcache_fx.ranges import is_profiled, profiled
 from lightcache_fx.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ class ThreadEngine:
                 return failed
         begin = time.perf_counter()
         try:
-            self._copy(into, source)
+            with profiled(lambda: f"copy {name} {'to' if way == 'in' else 'from'} the device"):
+                self._copy(into, source)
         except (OSError, SwapError) as error:
             to = "to the device" if way == "in" else "from the device"
             size = format_bytes(span_of(source))
@@ -346,11 +348,15 @@ _library.define("release(Tensor(a) leaving, Tensor value) -> Tensor(a)")
 def _prefetch(home: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
     if not home.numel():
         return _empty_like(home, device, name)
-    return _engine(device).prefetch(home, device, name)
+    with profiled(lambda: f"prefetch {name}"):
+        arriving = _engine(device).prefetch(home, device, name)
+    _remember(arriving, name)
+    return arriving
 
 
 def _wait(arriving: torch.Tensor) -> torch.Tensor:
-    _engine(arriving.device).wait(arriving)
+    with profiled(lambda: f"wait for {_name_of(arriving)}"):
+        _engine(arriving.device).wait(arriving)
     return arriving
 
 
@@ -358,13 +364,30 @@ def _offload(value: torch.Tensor, home: torch.Tensor, name: str) -> torch.Tensor
     if value.numel() and not home.numel():
         return home
     leaving = _laid_out(home, value)
-    _engine(value.device).offload(value, leaving, name)
+    with profiled(lambda: f"offload {name}"):
+        _engine(value.device).offload(value, leaving, name)
+    _remember(leaving, name)
     return leaving
 
 
 def _release(leaving: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    _engine(value.device).release(leaving)
+    with profiled(lambda: f"release {_name_of(leaving)}"):
+        _engine(value.device).release(leaving)
     return leaving
+
+
+_names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""While a profiler is on: what is copied into a tensor."""
+
+
+def _remember(into: torch.Tensor, name: str) -> None:
+    if is_profiled():
+        _names[into] = name
+
+
+def _name_of(into: torch.Tensor) -> str:
+    """What was copied into a tensor, where its copy was begun while a profiler was on."""
+    return str(_names.get(into, "a copy"))
 
 
 def _fake_prefetch(home: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:  # noqa: ARG001

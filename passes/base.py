@@ -8,6 +8,7 @@ after every pass, and names the pass that broke one.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,7 +59,9 @@ def run_passes(
     contract = _contract(graph)
     for name, apply in passes:
         before = format_graph(graph) if check_modified else ""
+        num_nodes, begin = len(graph.nodes), time.perf_counter()
         result = apply(graph)
+        seconds = time.perf_counter() - begin
         done = ", ".join(results) or "none"
         try:
             graph.lint()
@@ -75,7 +78,16 @@ def run_passes(
             )
         if check_modified and (format_graph(graph) != before) != result.modified:
             raise PassError(f"pass {name} says modified={result.modified}, but the printed graph says otherwise")
-        log.debug("pass %s: modified=%s %s", name, result.modified, result.counts)
+        counts = " ".join(f"{key}={count}" for key, count in result.counts.items())
+        log.debug(
+            "pass %s: %d -> %d nodes in %.2f ms%s%s",
+            name,
+            num_nodes,
+            len(graph.nodes),
+            1e3 * seconds,
+            "" if result.modified else ", unmodified",
+            f", {counts}" if counts else "",
+        )
         results[name] = result
     return results
 

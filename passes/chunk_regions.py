@@ -133,6 +133,7 @@ def _check_overwrites(graph: fx.Graph, region: Region, planned: PlannedRegion, f
 def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, flops_of: dict[fx.Node, int]) -> None:
     pairs = [(over.output, over.input) for over in planned.overwrites if over.input < len(region.inputs)]
     module = build_region(region, planned.count, flops_of, candidates=pairs)
+    module.name = name
     _check_overwrites(graph, region, planned, module.overwrites)
     for index, chunking in enumerate(planned.bodies):
         module.replace_body(index, chunked_copy(module.body(index).graph, chunking))
@@ -152,6 +153,8 @@ def _insert(graph: fx.Graph, region: Region, name: str, planned: PlannedRegion, 
         with graph.inserting_after(after):
             after = graph.call_function(operator.getitem, (call, index))
         after.meta = {"val": call.meta["val"][index], "nn_module_stack": node.meta.get("nn_module_stack", {})}
+        if "lightcache_slot" in node.meta:
+            after.meta["lightcache_slot"] = node.meta["lightcache_slot"]
         node.replace_all_uses_with(after, delete_user_cb=lambda user: user not in region.axes)
     for node in reversed(region.body):
         graph.erase_node(node)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import lightcache_fx as lc
-from lightcache_fx import module_state, runtime, transfers
+from lightcache_fx import graphs, module_state, runtime, transfers
 from lightcache_fx.capture import capture
 from lightcache_fx.costs import CPU
 from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, SwapError
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.measure import measure_peak
-from lightcache_fx.policy import Cache, Policy, Swap
+from lightcache_fx.policy import Cache, Chunk, Policy, Swap
 from lightcache_fx.schedule import Schedule
 from lightcache_fx.swapping import SwapSchedule
 from lightcache_fx.transfers import copy_bytes, engine_of, recorded_copies
@@ -581,3 +582,19 @@ def test_how_far_the_next_full_step_is() -> None:
     schedule = Schedule.of(Cache(cut=0, interval=3, last=1))
     assert [schedule.steps_to_full(step, 6) for step in range(6)] == [3, 2, 1, 2, 1, None]
     assert Schedule.of(Cache(cut=0, steps=[0])).steps_to_full(0) is None
+
+
+def test_a_slot_that_a_region_makes() -> None:
+    """It is known as a slot behind the chunks too, or its reuse step would read what nothing makes."""
+    asked = Policy(cache=Cache(cut=0, interval=INTERVAL), chunk=Chunk(budget="70%"))
+    whole = lc.transform(Tower(), asked)
+    swapped = lc.transform(Tower(), asked.model_copy(update={"swap": Swap(budget="70%")}))
+    for step in range(4):
+        call = latent(step, 256), torch.tensor(900.0 - step), prompt(0, 256)
+        assert torch.equal(whole(*call), swapped(*call))
+    report = lc.inspect(swapped)
+    slot = graphs.outputs(report.programs["full"].graph_module.graph)[1]
+    assert isinstance(slot, fx.Node)
+    assert slot.target is operator.getitem
+    assert [made.name for made in report.programs["full"].transfers.made] == ["slot_0"]
+    assert report.counts["reuse"] == 2

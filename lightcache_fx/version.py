@@ -1,0 +1,3 @@
+"""The package's version; that of `pyproject.toml`."""
+
+__version__ = "0.1.0"
