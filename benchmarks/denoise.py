@@ -360,7 +360,7 @@ class _NoWork:
         self._program = program.program
         self._nothing = torch.empty(0, device=device)
 
-    def __call__(self, _: object, stores: Stores) -> list[torch.Tensor]:
+    def __call__(self, _: object, stores: Stores, _moment: object = None) -> list[torch.Tensor]:
         self.weights()
         for kind, name in self._program.state:
             (stores.slots if kind == "slot" else stores.hoisted)[name] = self._nothing

@@ -426,7 +426,7 @@ def calls_of(runtime: Runtime) -> int:
 
 def captures_of(runtimes: Sequence[Runtime]) -> set[int]:
     """The captures there are, by identity."""
-    return {id(compiled) for runtime in runtimes for compiled in runtime.compiled.values()}
+    return {id(compiled.signature) for runtime in runtimes for compiled in runtime.compiled.values()}
 
 
 @dataclass

@@ -22,18 +22,16 @@ from lightcache_fx.policy import Swap
 from lightcache_fx.program import modules_of, whole_graphs
 from lightcache_fx.simulator import simulate
 from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
+from lightcache_fx.swap_transfers import leaving_after_use, places_of_slots, transfers_of, when_needed
 from lightcache_fx.swapping import (
     SwapSchedule,
     fixed_inputs,
     least_movable,
-    leaving_after_use,
     priced,
-    transfers_of,
-    when_needed,
     workload_of,
 )
 from lightcache_fx.units import format_bytes
-from lightcache_fx.workload import Link, Workload
+from lightcache_fx.workload import Link, Residence, Step, Workload
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +75,38 @@ def with_memory(
     if policy.swap is None:
         return plan
     return with_swaps(capture, plan, policy.swap, cuda=cuda, hardware=hardware)
+
+
+def for_branches(capture: Capture, plan: Plan, before: Plan, *, takes_turns: bool = False) -> Plan:
+    """The plan for a step of other guidance branches than an earlier plan was made for.
+
+    What that one cut stays cut so wherever the budget can be kept with it: other chunks round otherwise, and a run
+    should not change in its middle. So little is searched for.
+
+    Args:
+        capture: of the model.
+        plan: what was decided before memory was looked at; its `branches` are those of a step.
+        before: the plan with the memory of other branches.
+        takes_turns: as for `with_memory`.
+
+    Raises:
+        BudgetError: a budget cannot be kept with so many branches.
+        SwapError: as for `with_memory`.
+    """
+    swap, chunked = plan.policy.swap or Swap(), replace(plan, chunks=before.chunks)
+    whole = before.swap.whole_seconds / before.branches * plan.branches if before.swap is not None else None
+    try:
+        found = with_swaps(
+            capture, chunked, swap, budget=plan.policy.memory_budget, whole_seconds=whole, takes_turns=takes_turns
+        )
+    except BudgetError:
+        if plan.policy.memory_budget is None:
+            raise
+        found = _within(capture, plan, plan.policy.memory_budget, None, None, takes_turns=takes_turns)
+    if before.swap is None and found.swap is not None and not found.swap.moves and not takes_turns:
+        found = replace(found, swap=None)
+    note = f"a step has {plan.branches} calls of {plan.model}, as seen: planned anew with what each of them keeps"
+    return replace(found, notes=(*found.notes, note))
 
 
 def _within(
@@ -137,13 +167,13 @@ def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
     graphs = whole_graphs(capture, plan)
     largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
     for share in (1.0, 0.75):
-        few = int(share * (budget - plan.hoist.num_bytes - 2 * _weight_bytes(largest)))
+        few = int(share * (budget - plan.branches * plan.hoist.num_bytes - 2 * _weight_bytes(largest)))
         if few > 0:
             yield {}.fromkeys(graphs, few).get
-    held = plan.weight_bytes + plan.hoist.num_bytes
+    held = plan.weight_bytes + plan.branches * plan.hoist.num_bytes
 
     def beside_all(name: str) -> int:
-        return budget - held - (plan.kept_bytes if name == "reuse" else 0)
+        return budget - held - plan.kept_bytes * (plan.branches - (name != "reuse"))
 
     if beside_all("reuse") > 0:
         yield beside_all
@@ -190,16 +220,36 @@ def with_swaps(
         found = replace(found, residence=residence, simulation=simulation, resident_bytes=resident)
     prologue = Transfers()
     if period.prologue is not None and period.everything > budget:
-        once = _planned(plan.model, period.prologue, budget, link).residence
-        (prologue,) = transfers_of(leaving_after_use(once, period.prologue), period.prologue)
-    transfers = transfers_of(found.residence, cycle)
+        beside = _beside(period.prologue, _slot_bytes_between(found.residence, cycle, period.branches))
+        once = _planned(plan.model, beside, budget, link).residence
+        (prologue,) = transfers_of(leaving_after_use(once, beside), beside)
+    transfers = transfers_of(found.residence, cycle, period.branches)
     tier: Tier = swap.to or ("host" if period.on_cuda else "disk")
     whole = cycle.seconds if whole_seconds is None else whole_seconds
     schedule = SwapSchedule(
-        period.names, period.weights, transfers, prologue, found, whole, cycle, period.hardware, tier
+        period.names, period.weights, transfers, prologue, found, whole, cycle, period.hardware, tier, period.branches
     )
     notes = plan.notes if schedule.warning is None else (*plan.notes, schedule.warning)
     return replace(plan, swap=schedule, notes=notes)
+
+
+def _slot_bytes_between(residence: Residence, cycle: Workload, branches: int) -> int:
+    """Bytes of the slots that earlier branches have on the device while a later one's prologue runs, at most."""
+    sizes = {name: movable.num_bytes for name, movable in cycle.movables.items()}
+    found = [0]
+    for call in range(1, branches):
+        earlier = enumerate(places_of_slots(residence, cycle, call, branches)[:call])
+        found.append(sum(sizes[f"{s}@{b}"] for b, slots in earlier for s, place in slots.items() if place.is_present))
+    return max(found)
+
+
+def _beside(workload: Workload, held_bytes: int) -> Workload:
+    """The same calls, with so many bytes more on the device all the time."""
+    steps = tuple(
+        Step(step.program, tuple(replace(op, live_bytes=op.live_bytes + held_bytes) for op in step.ops))
+        for step in workload.steps
+    )
+    return replace(workload, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -211,6 +261,7 @@ class _Period:
     prologue: Workload | None
     hardware: Hardware
     on_cuda: bool
+    branches: int
 
     @property
     def workloads(self) -> list[Workload]:
@@ -245,14 +296,16 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
         input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
     }
     movable = {name for program in programs.values() for name in program.movables}
-    held = plan.hoist.num_bytes + sum(size for name, size in weights.items() if name not in movable)
-    slots = plan.cut.slots if plan.cut is not None else ()
-    held += sum(slot.num_bytes for slot in slots if slot.name in fixed)
     repeated = capture.layout.is_repeated
-    names = plan.period if repeated else ("full",)
-    cycle = workload_of([programs[name] for name in names], held, cyclic=repeated)
+    branches = plan.branches
+    held = branches * plan.hoist.num_bytes + sum(size for name, size in weights.items() if name not in movable)
+    slots = plan.cut.slots if plan.cut is not None else ()
+    held += branches * sum(slot.num_bytes for slot in slots if slot.name in fixed)
+    steps = plan.period if repeated else ("full",)
+    cycle = workload_of([programs[name] for name in steps], held, cyclic=repeated, branches=branches)
+    names = tuple(name for name in steps for _ in range(branches))
     prologue = workload_of([programs["prologue"]], held, cyclic=False) if "prologue" in programs else None
-    return _Period(names, cycle, prologue, hardware, on_cuda)
+    return _Period(names, cycle, prologue, hardware, on_cuda, branches)
 
 
 def _planned(model: str, workload: Workload, budget: int, link: Link) -> SwapPlan:

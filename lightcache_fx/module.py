@@ -91,6 +91,7 @@ class Report:
         kept_bytes: bytes of the slots held now by this thread's run.
         hoisted_bytes: bytes of the hoisted values held now by this thread's run.
         route: how the model was captured.
+        late_copies: how many copies of weights and slots had not been begun before the call that needed them began.
     """
 
     plan: Plan
@@ -99,6 +100,7 @@ class Report:
     kept_bytes: int
     hoisted_bytes: int
     route: str
+    late_copies: int = 0
 
 
 def transform(module: M, policy: Policy = _UNTRANSFORMED) -> M:
@@ -246,6 +248,7 @@ def inspect(module: nn.Module, method: str | None = None) -> Report:
         kept_bytes=runtime.kept_bytes(),
         hoisted_bytes=runtime.hoisted_bytes(),
         route=latest.capture.route,
+        late_copies=sum(bound.late_copies for bound in latest.bound.values()),
     )
 
 

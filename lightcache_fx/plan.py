@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 MAX_PERIOD = 8
 """Steps of a period that are planned one by one; of longer ones, reuse steps in the middle are alike."""
+_MAX_CALLS = 16
+"""Likewise, where a step has a call for each guidance branch."""
+_MIN_PERIOD = 3
+"""Steps: a full one, those in the middle, and the last before the next full one."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Plan:
         notes: what a user should know before trusting the result.
         chunks: the regions of each program, where the policy asks for chunks or a budget.
         swap: what is copied when, where the policy asks for swapping or has a budget that needs it.
+        branches: how many calls a step has, one for each branch of guidance: budgets count the slots and hoisted values
+            of all of them.
     """
 
     model: str
@@ -57,13 +63,15 @@ class Plan:
     notes: tuple[str, ...] = ()
     chunks: Mapping[str, ChunkPlan] = field(default_factory=dict)
     swap: SwapSchedule | None = None
+    branches: int = 1
 
     @property
     def period(self) -> tuple[str, ...]:
         """The programs of the steps from one full step to the next; of a long interval, so many as are told apart."""
         if self.cut is None:
             return ("full",)
-        return ("full", *["reuse"] * (self.schedule.longest_interval(MAX_PERIOD) - 1))
+        longest = max(_MIN_PERIOD, min(MAX_PERIOD, _MAX_CALLS // self.branches))
+        return ("full", *["reuse"] * (self.schedule.longest_interval(longest) - 1))
 
     @property
     def kept_bytes(self) -> int:
@@ -86,6 +94,7 @@ class Plan:
         return {
             "model": self.model,
             "schedule": self.schedule.describe(),
+            "branches": self.branches,
             "hoisted": {"values": len(self.hoist.values), "bytes": self.hoist.num_bytes, "flops": self.hoist.flops},
             "full": {"flops": self.full_flops, "weight_bytes": self.weight_bytes},
             "reuse": None if cut is None else {"flops": cut.reuse_flops, "weight_bytes": cut.reuse_weight_bytes},
@@ -164,10 +173,15 @@ def _region_table(chunks: Mapping[str, ChunkPlan]) -> Table:
     return table
 
 
+def _period_text(swap: SwapSchedule) -> str:
+    steps = f"{len(swap.names) // swap.branches} steps"
+    return steps if swap.branches == 1 else f"{steps}, each with a call for each of {swap.branches} guidance branches"
+
+
 def _swap_table(swap: SwapSchedule) -> Table:
     plan, steady = swap.plan, swap.plan.simulation.steady
     link, ops = swap.hardware.link, swap.workload.ops
-    table = Table(title=f"swapped to {swap.tier}, in a period of {len(swap.names)} steps", title_justify="left")
+    table = Table(title=f"swapped to {swap.tier}, in a period of {_period_text(swap)}", title_justify="left")
     table.add_column("")
     table.add_column("", overflow="fold")
     resident, movable = format_bytes(plan.resident_bytes), format_bytes(plan.movable_bytes)
@@ -235,4 +249,5 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
         full_flops=step.total_flops(),
         weight_bytes=step.weight_bytes(),
         notes=tuple(notes),
+        branches=(policy.calls_per_step or 1) if capture.layout.is_repeated else 1,
     )

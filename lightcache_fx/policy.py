@@ -297,6 +297,9 @@ class Policy(_Settings):
         swap: keep weights and cached features elsewhere and fetch them just before they are needed.
         memory_budget: bytes for everything on the device: weights, kept and hoisted values, and activations. Regions
             are chunked, and weights and features swapped, as costs the least predicted time.
+        calls_per_step: how many calls of the denoiser a step has, where guidance makes one for each of its branches
+            instead of one for all; budgets count what each of them keeps. None learns it from the calls, and plans anew
+            when it has.
         max_signatures: how many captures (sizes, guidance layouts, adapters) are held before the oldest is dropped.
     """
 
@@ -308,6 +311,7 @@ class Policy(_Settings):
     decode: Decode | None = None
     swap: Swap | None = None
     memory_budget: Bytes | None = None
+    calls_per_step: Annotated[int, pydantic.Field(ge=1, le=64)] | None = None
     max_signatures: Annotated[int, pydantic.Field(ge=1)] = 8
 
     @pydantic.field_validator("cache", mode="before")
@@ -347,6 +351,7 @@ class Policy(_Settings):
     def of_encoder(self) -> Policy:
         """What of this policy applies to a module that runs once a generation: where its weights are."""
         about_steps: dict[str, Any] = {"cache": None, "hoist": False, "rates": {}, "chunk": None, "decode": None}
+        about_steps["calls_per_step"] = None
         return self.model_copy(update=about_steps)
 
     def of_autoencoder(self, method: str) -> Policy:
@@ -356,7 +361,9 @@ class Policy(_Settings):
             asked = self.decode.budget
             applies = isinstance(asked, int) or (isinstance(asked, str) and method == "decode")
             chunk = Chunk(budget=asked) if applies else None
-        return self.model_copy(update={"cache": None, "hoist": False, "rates": {}, "chunk": chunk})
+        return self.model_copy(
+            update={"cache": None, "hoist": False, "rates": {}, "chunk": chunk, "calls_per_step": None}
+        )
 
     @classmethod
     def deepcache(cls, interval: int = 3, branch: int = 0) -> Policy:

@@ -72,15 +72,20 @@ def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
     """
     programs = {}
     inputs = placeholders(capture.graph_module.graph)
-    weights = {("weight", input_of(n).name): n.meta["val"] for n in inputs if input_of(n).kind == "weight"}
-    for name, graph in whole_graphs(capture, plan).items():
+    others = {("weight", input_of(n).name): n.meta["val"] for n in inputs if input_of(n).kind == "weight"}
+    graphs = whole_graphs(capture, plan)
+    for node in outputs(graphs["full"]):
+        if isinstance(node, fx.Node) and "lightcache_slot" in node.meta:
+            slot = node.meta["lightcache_slot"]
+            others |= {("slot", f"{slot}@{branch}"): node.meta["val"] for branch in range(plan.branches)}
+    for name, graph in graphs.items():
         if name in plan.chunks:
             plan.chunks[name].chunking.apply(graph)
         for variant, transfers in _variants(plan, name):
             copied, _ = copy_graph(graph)
             run_passes(
                 copied,
-                [("insert_transfers", partial(insert_transfers, plan=transfers, others=weights))],
+                [("insert_transfers", partial(insert_transfers, plan=transfers, others=others))],
                 keeps_outputs=False,
             )
             programs[variant] = _program(variant, capture, copied, transfers, plan)
@@ -159,11 +164,33 @@ def modules_of(capture: Capture, graph: fx.Graph) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Where in its run a call stands.
+
+    Attributes:
+        peers: what the guidance branches of its step keep, by their places in the step.
+        calls_left: how many calls of the model follow in the run, where that is known.
+        is_last_step: whether its branch is known not to be called again.
+    """
+
+    peers: Sequence[Stores] = ()
+    calls_left: int | None = None
+    is_last_step: bool = False
+
+
+_NOWHERE = Moment()
+
+
 class BoundProgram:
     """A program and where its inputs come from in one live module, so that a call is a list of lookups.
 
     Weights are looked up in the module's own tables at every call: `.to()`, fused adapters and in-place edits are seen.
-    A copy that the program before was to hand over and did not is fetched now: slower, and as right.
+    A copy that the program before was to hand over and did not is fetched now: slower, and as right. What is fetched
+    for a call that does not come, because the run ends before, is not: its program gets an empty tensor to copy.
+
+    Attributes:
+        late_copies: how many copies were to be handed over and were not.
     """
 
     def __init__(
@@ -187,8 +214,14 @@ class BoundProgram:
         ]
         self.user_inputs = [index[i.name] for i in program.inputs if i.kind == "user"]
         self.fetched = {stay.name for stay in program.transfers.stays if stay.kind == "weight"}
-        self.slots_read = {i.name for i in program.inputs if i.kind == "slot"} | {
-            stay.name for stay in program.transfers.stays if stay.kind == "slot"
+        self._of_others = {stay.name: stay for stay in program.transfers.stays if stay.branch is not None}
+        self._ahead = {stay.name: stay.ahead for stay in program.transfers.stays if stay.is_for_later}
+        self._sent_away = {slot.name for slot in program.transfers.made if slot.release is not None}
+        again = {stay.name for stay in program.transfers.stays if stay.prefetch is not None and stay.reads}
+        self._only_for_later = self._sent_away - again
+        self.late_copies = 0
+        self.slots_read = {i.name for i in program.inputs if i.kind == "slot" and i.name not in self._of_others} | {
+            stay.name for stay in program.transfers.stays if stay.kind == "slot" and stay.branch is None
         }
         self._residents = [place for place, (kind, _, _) in enumerate(self._sources) if kind == "resident"]
         self.wanted = resident | {i.name for i in program.inputs if i.kind == "copy"}
@@ -198,10 +231,12 @@ class BoundProgram:
         """The weights that the program reads, as they are now, but for those that are handed over."""
         return [table[name] for table, name in self._weights]
 
-    def __call__(self, tensors: Sequence[torch.Tensor], stores: Stores) -> list[torch.Tensor]:
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], stores: Stores, moment: Moment = _NOWHERE
+    ) -> list[torch.Tensor]:
         """Run once; what the program returns beside the model's outputs goes into the stores."""
         stores.weight_copies.keep_only(self.wanted)
-        args = [self._argument(kind, key, like, tensors, stores) for kind, key, like in self._sources]
+        args = [self._argument(kind, key, like, tensors, stores, moment) for kind, key, like in self._sources]
         for place in self._residents:  # all of them have been begun by now
             WAIT(args[place])
         versions = {
@@ -211,33 +246,80 @@ class BoundProgram:
         del args
         outputs, state = results[: self.program.num_outputs], results[self.program.num_outputs :]
         for (kind, name), value in zip(self.program.state, state, strict=True):
-            if kind == "slot":
-                stores.slots[name] = value
-            elif kind == "copy" and name in self.fetched:
-                stores.weight_copies.put(name, value, versions[name])
-            elif kind == "copy":
-                stores.slot_copies.put(name, value, SLOT)
-            else:
+            if kind == "hoisted":
                 stores.hoisted = {**stores.hoisted, name: value}
+            elif kind == "slot":
+                if not (moment.is_last_step and name in self._only_for_later):
+                    stores.put_slot(name, value, at_home=name in self._sent_away)
+            elif not value.numel():
+                continue  # fetched for nobody
+            elif name in self.fetched:
+                stores.weight_copies.put(name, value, versions[name])
+            elif name in self._of_others:
+                self._other_stores(name, moment).slot_copies.put(self._of_others[name].slot, value, SLOT)
+            elif not (moment.is_last_step and name in self._only_for_later):
+                stores.slot_copies.put(name, value, SLOT)
         return outputs
 
+    def _for_later(self, name: str, stores: Stores, moment: Moment) -> torch.Tensor:
+        """What to fetch for a later call; an empty tensor where that will not come, or has no need."""
+        found: torch.Tensor | None = None
+        if moment.calls_left is not None and self._ahead[name] > moment.calls_left:
+            pass
+        elif name in self.fetched:
+            found = self._weight(name)
+        elif name not in self._of_others:
+            found = stores.slots[name]
+        elif self._of_others[name].branch in range(len(moment.peers)):
+            peer, slot = self._other_stores(name, moment), self._of_others[name].slot
+            found = peer.slots[slot] if slot in peer.at_home and slot not in peer.slot_copies else None
+        return torch.empty(0) if found is None else found
+
+    def _other_stores(self, name: str, moment: Moment) -> Stores:
+        """What the branch keeps that a slot belongs to."""
+        branch = self._of_others[name].branch
+        assert branch is not None
+        return moment.peers[branch]
+
+    def _passing(self, name: str, stores: Stores) -> torch.Tensor:
+        """A copy on its way to a later call; where it is not, that call fetches it if it comes."""
+        if name in self.fetched:
+            copy = stores.weight_copies.take(name, version_of(self._weight(name)))
+        else:
+            copy = stores.slot_copies.take(name, SLOT)
+        return torch.empty(0) if copy is None else copy
+
     def _argument(
-        self, kind: str, key: Any, like: torch.Tensor, tensors: Sequence[torch.Tensor], stores: Stores
+        self,
+        kind: str,
+        key: Any,
+        like: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        stores: Stores,
+        moment: Moment,
     ) -> torch.Tensor:
         match kind:
-            case "weight" | "away":
+            case "weight":
                 return self._weight(key)
+            case "away":
+                return self._weight(key) if key in self.fetched else stores.slots[key]
+            case "later":
+                return self._for_later(key, stores, moment)
+            case "passing":
+                return self._passing(key, stores)
             case "resident":
                 return self._resident(key, like, stores)
             case "copy":
                 return self._copy(key, like, stores)
             case "home":
+                if moment.is_last_step and key in self._only_for_later:
+                    return torch.empty(0, dtype=torch.uint8)
                 assert stores.buffer is not None
                 return stores.buffer(like.numel())
             case "user":
                 found: torch.Tensor = tensors[key]
             case "slot":
-                found = stores.slots[key]
+                found = stores.slot_on_device(key, like.device)
             case "hoisted":
                 found = stores.hoisted[key]
             case _:
@@ -252,11 +334,16 @@ class BoundProgram:
     def _copy(self, name: str, like: torch.Tensor, stores: Stores) -> torch.Tensor:
         """The device's copy of a weight or slot, handed over or begun now; nobody else holds it afterwards."""
         if name not in self.fetched:
-            copy = stores.slot_copies.take(name, SLOT)
-            return copy if copy is not None else PREFETCH(stores.slots[name], like.device, name)
-        weight = self._weight(name)
-        copy = stores.weight_copies.take(name, version_of(weight))
-        return copy if copy is not None else PREFETCH(weight, like.device, name)
+            copy, source = stores.slot_copies.take(name, SLOT), stores.slots.get(name)
+        else:
+            source = self._weight(name)
+            copy = stores.weight_copies.take(name, version_of(source))
+        if copy is not None:
+            return copy
+        self.late_copies += 1
+        assert source is not None
+        late: torch.Tensor = PREFETCH(source, like.device, name)
+        return late
 
     def _resident(self, name: str, like: torch.Tensor, stores: Stores) -> torch.Tensor:
         """The device's copy of a weight that is there as long as the model is; it stays in the stores."""
@@ -269,8 +356,15 @@ class BoundProgram:
 
 
 def _source_kind(node: fx.Node, resident: frozenset[str]) -> str:
-    """As the input's kind, but `away` for a weight that the program fetches, and `resident` for one that stays."""
-    given = input_of(node)
-    if given.kind == "weight" and node.users and all(user.target is PREFETCH for user in node.users):
-        return "away"
+    """As the input's kind, but by what is done with it.
+
+    `away` for what is fetched, `later` for what is fetched for another program alone, `passing` for a copy that nothing
+    reads here, and `resident` for a weight whose copy stays.
+    """
+    given, users = input_of(node), list(node.users)
+    if given.kind in ("weight", "slot") and users and all(user.target is PREFETCH for user in users):
+        readers = {reader.op for user in users for reader in user.users}
+        return "later" if readers == {"output"} else "away"
+    if given.kind == "copy" and all(user.op == "output" for user in users):
+        return "passing"
     return "resident" if given.kind == "weight" and given.name in resident else given.kind

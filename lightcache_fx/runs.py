@@ -157,7 +157,7 @@ class RunTracker:
     """Follows the calls that one thread makes of one model, and holds what they leave.
 
     Attributes:
-        branches: of the run under way.
+        branches: of the run under way, in the order in which the last timestep called them.
         weight_copies: the device's copies of weights that are kept elsewhere, for the next call of whichever branch.
     """
 
@@ -278,9 +278,12 @@ class RunTracker:
         return False
 
     def _next_time(self, time: float) -> None:
-        """A new timestep: branches that sat out the last one are dropped, as what they keep is out of step."""
+        """A new timestep: branches that sat out the last one are dropped, as what they keep is out of step.
+
+        The others are in the order of their calls, which is expected to be that of the next timestep's.
+        """
         if self._time is not None:
-            self.branches = [b for b in self.branches if b in self._called]
+            self.branches = [b for b in dict.fromkeys(self._called) if b in self.branches]
         if self._doubtful and not self._settled and self._num_times == 2:
             self._doubtful = False  # each branch came once at the second timestep: the repetition was a run begun anew
         self._time = time

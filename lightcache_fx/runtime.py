@@ -6,13 +6,13 @@ import logging
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from lightcache_fx.arena import is_dense
-from lightcache_fx.budgets import with_memory
+from lightcache_fx.budgets import for_branches, with_memory
 from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
@@ -23,7 +23,7 @@ from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.outputs import register_distributions
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy, Swap
-from lightcache_fx.program import BoundProgram, Program, build_programs
+from lightcache_fx.program import BoundProgram, Moment, Program, build_programs
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
 from lightcache_fx.stores import version_of
 from lightcache_fx.swapping import SMALLEST
@@ -33,14 +33,35 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Compiled:
-    """Everything made for one signature."""
+class Signature:
+    """What is made once for one signature.
+
+    Attributes:
+        capture: of the model.
+        plan: what was decided before memory was looked at.
+        state: kept so that the objects whose identity is in the key stay alive.
+        compiled: what was made of it, by how many calls a denoising step has.
+    """
 
     capture: Capture
     plan: Plan
+    state: ModuleState
+    compiled: dict[int, Compiled] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """The plan and the programs for a signature and a number of guidance branches."""
+
+    signature: Signature
+    plan: Plan
     programs: dict[str, Program]
     bound: dict[str, BoundProgram]
-    state: ModuleState  # kept so that the objects whose identity is in the key stay alive
+
+    @property
+    def capture(self) -> Capture:
+        """Of the model."""
+        return self.signature.capture
 
 
 class Ledger(threading.local):
@@ -72,6 +93,7 @@ def homes_of(module: nn.Module, policy: Policy) -> Homes:
 class _PerThread(threading.local):
     def __init__(self) -> None:
         self.tracker = RunTracker()
+        self.ran_last: Compiled | None = None
 
 
 class Runtime:
@@ -137,7 +159,8 @@ class Runtime:
                 return self._run_eagerly(args, kwargs)
             self._ledger.enter(self.tracker)
             try:
-                return self._run(call, compiled, self._locate(call, compiled))
+                position = self._locate(call, compiled)
+                return self._run(call, self._for_branches(compiled, position), position)
             except BaseException:
                 self.tracker.reset()
                 raise
@@ -178,7 +201,8 @@ class Runtime:
 
     def _keep(self, made: Compiled) -> Compiled:
         with self._lock:
-            self.compiled[(made.capture.layout, made.state.key)] = made
+            self.compiled[(made.capture.layout, made.signature.state.key)] = made
+            made.signature.compiled[made.plan.branches] = made
             if len(self.compiled) > self.policy.max_signatures:
                 (old, _), _ = self.compiled.popitem(last=False)
                 types = zip(old.leaves, old.tensor_types, strict=True)
@@ -191,21 +215,56 @@ class Runtime:
         if self.homes.device.type != "cpu":
             self.homes.recall(self.homes.device)  # to be run as it is, beside the capture
         captured = capture(self.module, call, mark=self.marked)
-        turns = self._ledger.is_shared
-        plan = with_memory(captured, make_plan(captured, self.policy, self.module), takes_turns=turns)
+        signature = Signature(captured, make_plan(captured, self.policy, self.module), self._state)
+        plan = with_memory(captured, signature.plan, takes_turns=self._ledger.is_shared)
         for note in plan.notes:
             log.warning("%s", note)
+        return self._compiled(signature, plan)
+
+    def _for_branches(self, compiled: Compiled, position: Position) -> Compiled:
+        """The programs for as many guidance branches as a step is now known to have; planned anew where it is news.
+
+        A run's first step has at least as many as are seen in it, and by default as the run before; later ones have
+        as many as the step before, and more as soon as more are called.
+        """
+        if not (self.policy.is_about_memory() and compiled.capture.layout.is_repeated):
+            return compiled
+        seen, planned = len(self._members(compiled)), compiled.plan.branches
+        wanted = max(seen, planned) if position.step == 0 else max(seen, 1)
+        if self.policy.calls_per_step is not None:
+            wanted = max(wanted, self.policy.calls_per_step)
+        if wanted == planned:
+            return compiled
+        with CAPTURE_LOCK.capturing():
+            found = compiled.signature.compiled.get(wanted) or self._planned_anew(compiled, wanted)
+            return self._keep(found)
+
+    def _planned_anew(self, compiled: Compiled, branches: int) -> Compiled:
+        signature, turns = compiled.signature, self._ledger.is_shared
+        asked = replace(signature.plan, branches=branches)
+        plan = for_branches(compiled.capture, asked, compiled.plan, takes_turns=turns)
+        for note in plan.notes:
+            if note not in compiled.plan.notes:
+                log.warning("%s", note)
+        return self._compiled(signature, plan)
+
+    def _members(self, compiled: Compiled) -> list[Branch]:
+        """The guidance branches that this signature's programs run for, by their places in the step."""
+        return [branch for branch in self.tracker.branches if _signature_of(branch) is compiled.signature]
+
+    def _compiled(self, signature: Signature, plan: Plan) -> Compiled:
+        captured = signature.capture
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
         resident = plan.swap.resident if plan.swap is not None else frozenset()
-        once = frozenset[str]() if plan.swap is not None and plan.swap.prologue.moves else resident
+        once = frozenset[str]() if plan.swap is not None and plan.swap.moves else resident
         bound = {
             name: BoundProgram(
                 program, self.module, captured.constants, names, once if name == "prologue" else resident
             )
             for name, program in programs.items()
         }
-        return Compiled(captured, plan, programs, bound, self._state)
+        return Compiled(signature, plan, programs, bound)
 
     def _bring_home(self, planned: frozenset[str]) -> None:
         """Move weights to where they are kept; where models take turns, large ones that no program reads as well."""
@@ -217,7 +276,7 @@ class Runtime:
         self.homes.adopt(weights)
 
     def _locate(self, call: Call, compiled: Compiled) -> Position:
-        group = (compiled, current_branch())
+        group = (compiled.signature, current_branch())
         inputs = call.of_rate("run")
         run = current_run()
         if run is not None:
@@ -234,34 +293,58 @@ class Runtime:
         return position
 
     def _run(self, call: Call, compiled: Compiled, position: Position) -> object:
-        branch = position.branch
+        branch, swap = position.branch, compiled.plan.swap
         num_steps = run.num_steps if (run := current_run()) is not None else None
-        if compiled.plan.swap is not None and position.begins_run:
-            self._bring_home(compiled.plan.swap.weights)
+        self._settle_weights(compiled, position)
         branch.stores.weight_copies = self.tracker.weight_copies
         branch.stores.buffer = self.homes.buffer
+        members = self._members(compiled)
+        place = min(members.index(branch), compiled.plan.branches - 1) if branch in members else 0
+        index = self._call_of_period(compiled, position, num_steps, place)
+        is_full = index < compiled.plan.branches
+        if is_full:
+            branch.stores.forget_slots()  # a full step needs none of the old values, so they make room for its own
+        if swap is not None:
+            for member, places in zip(members, swap.slot_places[index], strict=False):
+                for slot, there in places.items():
+                    member.stores.arrange(slot, there)
         if "prologue" in compiled.bound:
             self._update_hoisted(call, compiled, branch)
-        name = self._program_for(compiled, position, num_steps)
-        if name == "full":
-            branch.stores.slots.clear()  # a full step needs none of the old values, so they make room for its own
-            branch.stores.slot_copies.drop()
-        branch.since_full = 0 if name == "full" else branch.since_full + 1
-        tensors = compiled.bound[name](call.tensors, branch.stores)
-        self.counts[name.partition("_")[0]] += 1
+        branch.since_full = 0 if is_full else branch.since_full + 1
+        moment = Moment([member.stores for member in members])
+        if num_steps is not None:
+            count, steps_left = compiled.plan.branches, max(0, num_steps - 1 - position.step)
+            moment = replace(moment, calls_left=(steps_left + 1) * count - 1 - place, is_last_step=not steps_left)
+        kind = "full" if is_full else "reuse"
+        bound = compiled.bound[kind if swap is None else swap.variants[index]]
+        tensors = bound(call.tensors, branch.stores, moment)
+        self.counts[kind] += 1
         return compiled.capture.rebuild_output(tensors)
 
-    def _program_for(self, compiled: Compiled, position: Position, num_steps: int | None) -> str:
-        """The program that the schedule asks for: full wherever there is doubt, or nothing to reuse."""
+    def _settle_weights(self, compiled: Compiled, position: Position) -> None:
+        """Weights are where the programs expect them: at home, or all of them on the device."""
+        before, self._local.ran_last = self._local.ran_last, compiled
+        swap, other = compiled.plan.swap, before is not compiled
+        if swap is not None and (position.begins_run or other):
+            self._bring_home(swap.weights)
+        elif swap is None and before is not None and other and before.plan.swap is not None:
+            self.homes.recall(self.homes.device)
+
+    def _call_of_period(self, compiled: Compiled, position: Position, num_steps: int | None, place: int) -> int:
+        """The call of the plan's period that this one is like: full wherever there is doubt, or nothing to reuse.
+
+        In the period's first step all calls are full, and in the others none.
+        """
         plan, branch = compiled.plan, position.branch
         if plan.cut is None or plan.schedule.is_full(position.step, num_steps) or not position.certain:
-            return "full"
-        name = "reuse"
-        if plan.swap is not None and len(plan.swap.names) > 1:
+            return place
+        step, name = 1, "reuse"
+        if plan.swap is not None and len(plan.swap.names) > plan.branches:
             ahead = plan.schedule.steps_to_full(position.step, num_steps)
-            name = plan.swap.variants[plan.swap.step_for(branch.since_full + 1, ahead)]
-        wanted, stores = compiled.bound[name].slots_read, branch.stores
-        return name if all(slot in stores.slots or slot in stores.slot_copies for slot in wanted) else "full"
+            step = plan.swap.step_for(branch.since_full + 1, ahead)
+            name = plan.swap.variants[step * plan.branches + place]
+        has_all = all(slot in branch.stores for slot in compiled.bound[name].slots_read)
+        return step * plan.branches + place if has_all else place
 
     def _update_hoisted(self, call: Call, compiled: Compiled, branch: Branch) -> None:
         """Run the prologue unless it has run in this run for these very tensors."""
@@ -304,6 +387,10 @@ class Runtime:
                 f"{type(self.module).__name__} has not been called yet, so there are no programs; call it once"
             )
         return next(reversed(self.compiled.values()))
+
+
+def _signature_of(branch: Branch) -> object:
+    return branch.group[0] if isinstance(branch.group, tuple) else None
 
 
 def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object, ...]) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from lightcache_fx.arena import span_of
+from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
 
 SLOT = "slot"
 """The version of a slot's copy: slots are made anew, never written to."""
@@ -20,7 +22,10 @@ def version_of(tensor: torch.Tensor) -> tuple[int, int, int] | None:
 
 @dataclass
 class Copies:
-    """The device's copies of what is away, by name; each with what tells that its source has not changed since."""
+    """The device's copies of what is away, by name; each with what tells that its source has not changed since.
+
+    The memory of a copy that is still under way is not free before that has ended, so letting one go waits for it.
+    """
 
     held: dict[str, tuple[torch.Tensor, object]] = field(default_factory=dict)
 
@@ -31,7 +36,10 @@ class Copies:
     def take(self, name: str, version: object) -> torch.Tensor | None:
         """Hand a copy over, or None where there is none of this version, or versions are not counted."""
         found = self.held.pop(name, None)
-        return found[0] if found is not None and version is not None and found[1] == version else None
+        if found is None or (version is not None and found[1] == version):
+            return found[0] if found is not None else None
+        WAIT(found[0])
+        return None
 
     def __contains__(self, name: object) -> bool:
         return name in self.held
@@ -43,11 +51,25 @@ class Copies:
     def keep_only(self, names: Container[str]) -> None:
         """Free all others."""
         for name in [name for name in self.held if name not in names]:
-            del self.held[name]
+            WAIT(self.held.pop(name)[0])
 
     def drop(self) -> None:
         """Free all of them."""
-        self.held.clear()
+        self.keep_only(())
+
+
+class SlotPlace(NamedTuple):
+    """Where a plan has a slot of one guidance branch when a call begins.
+
+    Attributes:
+        is_resident: it never leaves the device.
+        is_sent_away: it has a copy where it is kept, as soon as it is made.
+        is_present: it is on the device now.
+    """
+
+    is_resident: bool
+    is_sent_away: bool
+    is_present: bool
 
 
 @dataclass
@@ -56,6 +78,7 @@ class Stores:
 
     Attributes:
         slots: values of an earlier step, on the device or where they are kept.
+        at_home: names of those that are where they are kept.
         hoisted: values computed once a generation.
         weight_copies: the device's copies of weights that are kept elsewhere.
         slot_copies: the device's copies of slots, or slots that never leave it between two programs.
@@ -63,7 +86,58 @@ class Stores:
     """
 
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
+    at_home: set[str] = field(default_factory=set)
     hoisted: Mapping[str, torch.Tensor] = field(default_factory=dict)
     weight_copies: Copies = field(default_factory=Copies)
     slot_copies: Copies = field(default_factory=Copies)
     buffer: Callable[[int], torch.Tensor] | None = None
+
+    def __contains__(self, slot: object) -> bool:
+        """Whether a slot is anywhere."""
+        return slot in self.slots or slot in self.slot_copies
+
+    def put_slot(self, name: str, value: torch.Tensor, *, at_home: bool) -> None:
+        """Keep a slot that a program has made, or sent away."""
+        self.slots[name] = value
+        (self.at_home.add if at_home else self.at_home.discard)(name)
+
+    def slot_on_device(self, name: str, device: torch.device) -> torch.Tensor:
+        """A slot that is to stay on the device; fetched, where it was sent away before that was planned."""
+        copy = self.slot_copies.take(name, SLOT)
+        if copy is not None or name in self.at_home:
+            copy = PREFETCH(self.slots[name], device, name) if copy is None else copy
+            self.put_slot(name, WAIT(copy), at_home=False)
+        return self.slots[name]
+
+    def arrange(self, name: str, place: SlotPlace) -> None:
+        """Bring a slot to where a plan has it, if it is elsewhere because it was made by another plan's program.
+
+        What the plan has on the device and is not there stays where it is, and is fetched by the program that reads it.
+
+        Raises:
+            SwapError: there is no room at home.
+        """
+        if name not in self:
+            return
+        value = self.slot_copies.take(name, SLOT)
+        if value is None and name not in self.at_home:
+            value = self.slots.pop(name)
+        if value is None:
+            return
+        if place.is_resident:
+            self.put_slot(name, WAIT(value), at_home=False)
+            return
+        if name not in self.at_home and (place.is_sent_away or not place.is_present):
+            assert self.buffer is not None
+            leaving = OFFLOAD(value, self.buffer(value.numel() * value.element_size()), name)
+            self.put_slot(name, RELEASE(leaving, value), at_home=True)
+        if place.is_present:
+            self.slot_copies.put(name, value, SLOT)
+        else:
+            WAIT(value)  # as in `Copies`
+
+    def forget_slots(self) -> None:
+        """Free all slots, wherever they are."""
+        self.slots.clear()
+        self.at_home.clear()
+        self.slot_copies.drop()

@@ -1,4 +1,4 @@
-"""From programs to what the swap planner looks at, and from its decision back to what each program copies when."""
+"""From programs to what the swap planner looks at, and its decision as the runtime looks at it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ from lightcache_fx.graphs import (
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.homes import Tier
 from lightcache_fx.liveness import timeline
-from lightcache_fx.passes.insert_transfers import LocalStay, MadeSlot, Transfers
+from lightcache_fx.passes.insert_transfers import Transfers
+from lightcache_fx.stores import SlotPlace
 from lightcache_fx.swap_planner import SwapPlan
+from lightcache_fx.swap_transfers import places_of_slots
 from lightcache_fx.units import format_bytes
-from lightcache_fx.workload import Movable, Op, Residence, Stay, Step, Workload
+from lightcache_fx.workload import Movable, Op, Step, Workload
 
 SMALLEST = 2**14
 """Weights of fewer bytes stay on the device: a copy's latency costs more than their room is worth."""
@@ -59,10 +61,11 @@ class PricedProgram:
 
 @dataclass(frozen=True)
 class SwapSchedule:
-    """What is copied when: for each step of a period, and for the prologue.
+    """What is copied when: for each call of a period, and for the prologue.
 
     Attributes:
-        names: the program of each step; the first is a full one, all others reuse.
+        names: the program of each call, denoising step by denoising step; in the first they are full, in all others
+            they reuse.
         weights: all that can be away: while another model runs they are.
         transfers: of each step.
         prologue: of the program that runs once a generation.
@@ -71,6 +74,7 @@ class SwapSchedule:
         workload: what was planned for.
         hardware: likewise.
         tier: where things are kept.
+        branches: how many calls a denoising step has, one for each branch of guidance.
     """
 
     names: tuple[str, ...]
@@ -82,6 +86,7 @@ class SwapSchedule:
     workload: Workload
     hardware: Hardware
     tier: Tier
+    branches: int = 1
 
     @property
     def moves(self) -> bool:
@@ -96,7 +101,7 @@ class SwapSchedule:
 
     @cached_property
     def variants(self) -> tuple[str, ...]:
-        """For each step, the name of its program among those that copy at other moments: `reuse`, `reuse_2`, ..."""
+        """For each call, the name of its program among those that copy at other moments: `reuse`, `reuse_2`, ..."""
         known: dict[tuple[str, Transfers], str] = {}
         for name, transfers in zip(self.names, self.transfers, strict=True):
             same_name = sum(base == name for base, _ in known)
@@ -140,10 +145,16 @@ class SwapSchedule:
 
         The last step of a period drops the slots, so it is taken only before a full step, or where there is but one.
         """
-        last = len(self.names) - 1
+        count = len(self.names) // self.branches
         if until_full is not None:
-            return max(1, len(self.names) - until_full)
-        return min(since_full, max(1, last - 1))
+            return max(1, count - until_full)
+        return min(since_full, max(1, count - 2))
+
+    @cached_property
+    def slot_places(self) -> tuple[tuple[Mapping[str, SlotPlace], ...], ...]:
+        """For each call, where the slots of each branch are when it begins, by their names in programs."""
+        residence, workload = self.plan.residence, self.workload
+        return tuple(places_of_slots(residence, workload, call, self.branches) for call in range(len(self.names)))
 
 
 def fixed_inputs(graph: fx.Graph, *, least: int, weights: bool, features: bool) -> set[str]:
@@ -291,79 +302,29 @@ def _region_seconds(region: ChunkedRegion, machine: Machine, *, cuda: bool) -> f
     return sum(each[chunk.body] + written[chunk.body] for chunk in region.chunks)
 
 
-def workload_of(programs: Sequence[PricedProgram], held_bytes: int, *, cyclic: bool) -> Workload:
+def workload_of(programs: Sequence[PricedProgram], held_bytes: int, *, cyclic: bool, branches: int = 1) -> Workload:
     """A period in which these programs run one after the other.
 
     Args:
-        programs: one for each step.
+        programs: one for each denoising step.
         held_bytes: what is on the device beside what the programs allocate and what can be away.
         cyclic: as in `Workload`.
+        branches: so many times in a row each of them runs, each time with slots of its own where it is more than once.
     """
-    known: dict[int, Step] = {}
+    places = [None] if branches == 1 else list(range(branches))
+    known: dict[tuple[int, int | None], Step] = {}
+    movables: dict[str, Movable] = {}
     for program in programs:
-        if id(program) not in known:
-            ops = [Op(op.name, op.seconds, op.live_bytes + held_bytes, op.reads, op.writes) for op in program.ops]
-            known[id(program)] = Step(program.name, tuple(ops))
-    movables = {name: movable for program in programs for name, movable in program.movables.items()}
-    return Workload(tuple(known[id(program)] for program in programs), movables, cyclic)
+        for place in places:
+            if (id(program), place) not in known:
+                own = {name: m if place is None else m.of_branch(place) for name, m in program.movables.items()}
+                known[id(program), place] = Step(
+                    program.name, tuple(_placed(op, held_bytes, own) for op in program.ops)
+                )
+                movables |= {movable.name: movable for movable in own.values()}
+    return Workload(tuple(known[id(program), place] for program in programs for place in places), movables, cyclic)
 
 
-def transfers_of(residence: Residence, workload: Workload) -> tuple[Transfers, ...]:
-    """What each step's program copies."""
-    period = len(workload.ops)
-    found = []
-    for begin, end in zip(workload.starts, workload.starts[1:], strict=False):
-        shifts = (0, -period) if workload.cyclic else (0,)
-        here = [
-            (stay, shift)
-            for shift in reversed(shifts)
-            for stay in residence.stays
-            if stay.begin + shift < end and stay.end + shift >= begin
-        ]
-        stays = tuple(
-            _local(stay, shift, begin, end, workload)
-            for stay, shift in here
-            if not (stay.made and shift == 0 and stay.begin >= begin)
-        )
-        made = {stay.name: stay for stay, shift in here if stay.made and begin <= stay.begin + shift < end}
-        written = [name for op in workload.ops[begin:end] for name in op.writes]
-        slots = tuple(_made(name, made.get(name), end, workload) for name in written)
-        found.append(Transfers(stays, slots))
-    return tuple(found)
-
-
-def _local(stay: Stay, shift: int, begin: int, end: int, workload: Workload) -> LocalStay:
-    first, last = stay.begin + shift, stay.end + shift
-    ops = workload.ops
-    reads = tuple(ops[i].name for i in range(max(begin, first), min(end, last + 1)) if stay.name in ops[i].reads)
-    prefetch = ops[first].name if first >= begin and not stay.made else None
-    return LocalStay(stay.name, workload.movables[stay.name].kind, prefetch, reads, last >= end)
-
-
-def _made(name: str, stay: Stay | None, end: int, workload: Workload) -> MadeSlot:
-    if stay is None:  # resident: plain state
-        return MadeSlot(name, None, handed_on=False)
-    release = workload.ops[min(stay.end, end - 1)].name if stay.offloaded else None
-    return MadeSlot(name, release, handed_on=stay.end >= end)
-
-
-def leaving_after_use(residence: Residence, workload: Workload) -> Residence:
-    """The same for a program that is not repeated: what was to stay is fetched at its begin, in order of first use."""
-    uses: dict[str, list[int]] = {}
-    for index, op in enumerate(workload.ops):
-        for name in (*op.reads, *op.writes):
-            uses.setdefault(name, []).append(index)
-    fetched = [Stay(name, 0, uses[name][0], uses[name][-1]) for name in residence.resident]
-    stays = sorted([*residence.stays, *fetched], key=lambda stay: (stay.begin, stay.first, stay.name))
-    return Residence(frozenset(), tuple(stays))
-
-
-def when_needed(residence: Residence, workload: Workload) -> Residence:
-    """The same, but every copy to the device is begun just before the call that needs it."""
-    period = len(workload.ops)
-    stays = []
-    for stay in residence.stays:
-        turns = 0 if stay.made else stay.first // period
-        begin, end = stay.first - turns * period, stay.end - turns * period
-        stays.append(stay if stay.made else Stay(stay.name, begin, begin, end))
-    return Residence(residence.resident, tuple(sorted(stays, key=lambda stay: (stay.begin, stay.name))))
+def _placed(op: Op, held_bytes: int, own: Mapping[str, Movable]) -> Op:
+    reads, writes = (tuple(own[name].name for name in names) for names in (op.reads, op.writes))
+    return Op(op.name, op.seconds, op.live_bytes + held_bytes, reads, writes)

@@ -6,7 +6,8 @@
     %h_gone     = lightcache.release(%h_leaving, %h)            the buffer, laid out as %h; only now may %h be freed
 
 Each returns what its consumers use, so that order is dataflow and dead code elimination drops none that matters. The
-lifetime of a source is explicit: it is an argument of the operator behind whose call it may be freed.
+lifetime of a source is explicit: it is an argument of the operator behind whose call it may be freed. Nothing is copied
+from an empty home or to one: so a caller says that a copy would be for nobody.
 
 On CUDA the copies run on one stream each way, ordered by events, and the host never waits. Without an accelerator the
 "device" is the process's own memory and its weights are kept in a memory-mapped file: one worker thread each way copies
@@ -146,6 +147,8 @@ class ThreadEngine:
     def _begin(self, way: Way, into: torch.Tensor, source: torch.Tensor, name: str) -> None:
         with self._lock:
             earlier = [copy for tensor in (into, source) if (copy := self._pending.get(tensor)) is not None]
+            if way == "in":
+                source = source.detach()  # a weight may be bound to other memory before its turn comes
             self._pending[into] = self._workers[way].submit(self._run, way, [(into, source)], name, earlier)
 
     def _end(self, into: torch.Tensor) -> None:
@@ -290,7 +293,8 @@ class StreamEngine:
                 event.record(stream)
             self._pending[into] = event
             self._held = [(e, tensors) for e, tensors in self._held if not e.query()]
-            self._held.append((event, (into, source)))
+            memory = (source.detach(),) if way == "in" else ()  # a weight may be bound to other memory meanwhile
+            self._held.append((event, (into, source, *memory)))
 
     def _end(self, into: torch.Tensor) -> None:
         with self._lock:
@@ -340,6 +344,8 @@ _library.define("release(Tensor(a) leaving, Tensor value) -> Tensor(a)")
 
 
 def _prefetch(home: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
+    if not home.numel():
+        return _empty_like(home, device, name)
     return _engine(device).prefetch(home, device, name)
 
 
@@ -349,6 +355,8 @@ def _wait(arriving: torch.Tensor) -> torch.Tensor:
 
 
 def _offload(value: torch.Tensor, home: torch.Tensor, name: str) -> torch.Tensor:
+    if value.numel() and not home.numel():
+        return home
     leaving = _laid_out(home, value)
     _engine(value.device).offload(value, leaving, name)
     return leaving

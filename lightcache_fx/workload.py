@@ -1,15 +1,16 @@
 """What the swap planner and the simulator look at: the calls of a period of denoising steps, as times and bytes.
 
 A period is what repeats: one full step and the reuse steps up to the next. Behind its last call comes its first again,
-where the workload is cyclic. Calls are numbered through the whole period. What can be away from the device is a
-*movable*: a weight, or a slot (a cached feature). A call needs the movables that it reads on the device, and makes
-those that it writes there.
+where the workload is cyclic. Where guidance calls the model several times in a denoising step, once for each of its
+branches, each of these is a step here, with slots of its own. Calls are numbered through the whole period. What can be
+away from the device is a *movable*: a weight, or a slot (a cached feature). A call needs the movables that it reads on
+the device, and makes those that it writes there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Literal
@@ -24,11 +25,23 @@ class Movable:
         num_bytes: on the device, as its allocator rounds them.
         kind: a weight has a copy at home all the time, so leaving the device costs no transfer; a slot is made on the
             device, and has one from its first offload until it is made again.
+        branch: of a slot, where a denoising step has several calls: the place in the step of the one that it belongs
+            to. Its name then ends with that.
     """
 
     name: str
     num_bytes: int
     kind: Literal["weight", "slot"] = "weight"
+    branch: int | None = None
+
+    @property
+    def plain_name(self) -> str:
+        """As programs know it."""
+        return self.name if self.branch is None else self.name.removesuffix(f"@{self.branch}")
+
+    def of_branch(self, branch: int) -> Movable:
+        """A weight as it is, which all branches share; of a slot, that of one branch."""
+        return self if self.kind == "weight" else replace(self, name=f"{self.name}@{branch}", branch=branch)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class LocalStay:
         prefetch: the node before which a copy to the device is begun; None where the caller hands the copy over.
         reads: the nodes that read it, in order; none where it only passes through, or is fetched for the next program.
         handed_on: whether the copy is returned, for the program that runs next.
+        ahead: of what is fetched here and not read here: how many calls of the model later it is.
+        branch: of a slot of another guidance branch, which is only fetched here: that branch's place in the step. The
+            name is then that of `slot` and of the branch.
     """
 
     name: str
@@ -47,6 +50,18 @@ class LocalStay:
     prefetch: str | None
     reads: tuple[str, ...]
     handed_on: bool = False
+    ahead: int = 0
+    branch: int | None = None
+
+    @property
+    def is_for_later(self) -> bool:
+        """Whether it is fetched here for a later program alone."""
+        return self.prefetch is not None and self.handed_on and not self.reads
+
+    @property
+    def slot(self) -> str:
+        """The slot's name in the programs of its own branch."""
+        return self.name if self.branch is None else self.name.removesuffix(f"@{self.branch}")
 
 
 @dataclass(frozen=True)
@@ -106,10 +121,11 @@ def insert_transfers(
         %y = op_y(%z)                   ->     %h_leaving = lightcache.offload(%h, %h_home, "h"); %y = op_y(%z)
         return (%y, %h)                        %h_gone = lightcache.release(%h_leaving, %h); return (%y, %h_gone)
 
-    What a program fetches for the next one it may not read itself: `others` has (fake) tensors of such weights and
-    slots, by kind and name. Views of a weight are made again beside each use, or they would hold its memory between its
-    stays. Tier: bitwise. Invariants: the model's outputs stay first, slots follow in their order, copies that are
-    handed on come last.
+    What a program fetches for the next one alone has an input of its own, so that a caller who knows that there is no
+    next one gives an empty tensor there. It need not be something that the program reads: `others` has (fake) tensors
+    of such weights and slots, by kind and name. Views of a weight are made again beside each use, or they would hold
+    its memory between its stays. Tier: bitwise. Invariants: the model's outputs stay first, slots follow in their
+    order, copies that are handed on come last.
     """
     if not plan.moves:
         return PassResult(graph, False)
@@ -162,6 +178,8 @@ class _Inserter:
         before = find_kept(self.by_name, stay.prefetch, "insert_transfers")
         if source is None:
             source = self.inputs[key] = self._input(stay.kind, stay.name, name, value)
+        elif stay.is_for_later and source.op == "placeholder":
+            source = self._input(stay.kind, stay.name, f"{name}_later", value)
         with self.graph.inserting_before(before):
             copy = self._call(PREFETCH, (source, value.device, stay.name), f"{name}_arriving", before)
         copy.meta["val"] = torch.empty_like(value)

@@ -18,12 +18,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightcache_fx import transfers
 from lightcache_fx.arena import Arena
 from lightcache_fx.errors import SwapError
 from lightcache_fx.measure import measure_peak
-from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT, StreamEngine, ThreadEngine, recorded_copies
+from lightcache_fx.transfers import (
+    OFFLOAD,
+    PREFETCH,
+    RELEASE,
+    WAIT,
+    StreamEngine,
+    ThreadEngine,
+    copy_bytes,
+    recorded_copies,
+)
 
 CPU = torch.device("cpu")
 TIMEOUT = 20.0
@@ -709,3 +719,19 @@ def test_streams_each_device_has_its_engine(monkeypatch: pytest.MonkeyPatch) -> 
     for device in ("cuda", "cuda:0", "cuda:2", "cpu", "cpu:0"):
         transfers._engine(torch.device(device))
     assert asked == [("cuda", 3), ("cuda", 0), ("cuda", 2), ("cpu", 0), ("cpu", 0)]
+
+
+def test_a_weight_that_is_bound_to_other_memory_before_its_turn_comes() -> None:
+    """As `.to(dtype)` does behind a step whose last copies are still to be made: the copy is of what was there."""
+    held_up = threading.Event()
+
+    def copy_later(into: torch.Tensor, source: torch.Tensor) -> None:
+        assert held_up.wait(10)
+        copy_bytes(into, source)
+
+    engine, weight = ThreadEngine(copy_later), nn.Parameter(torch.ones(1000), requires_grad=False)
+    arriving = engine.prefetch(weight, torch.device("cpu"), "w")
+    weight.data = torch.zeros(2000, dtype=torch.float64)
+    held_up.set()
+    engine.wait(arriving)
+    assert torch.equal(arriving, torch.ones(1000))
