@@ -10,7 +10,7 @@ from lightcache_fx.module import Report, decode_frames, inspect, plan, reset, tr
 from lightcache_fx.pipeline import restore, transform_pipeline
 from lightcache_fx.pipeline_plan import PipelinePlan, Stage, plan_pipeline
 from lightcache_fx.plan import Plan
-from lightcache_fx.policy import Auto, Cache, Chunk, Decode, Layers, Policy, Region, Residual, Swap
+from lightcache_fx.policy import Auto, Cache, Chunk, Compile, Decode, Layers, Policy, Region, Residual, Swap
 from lightcache_fx.printer import diff, format_graph, print_diff
 from lightcache_fx.runs import branch_name, marked_run, step_done
 
@@ -20,6 +20,7 @@ __all__ = [
     "Auto",
     "Cache",
     "Chunk",
+    "Compile",
     "Decode",
     "Layers",
     "PipelinePlan",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from lightcache_fx.capture import Capture
 from lightcache_fx.cuts import Slot
 from lightcache_fx.flops import total_flops
 from lightcache_fx.graphs import GraphInput, copy_graph, input_of, num_bytes, outputs, placeholders
+from lightcache_fx.lowering import CompileState, lower
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.passes.base import Pass, run_passes
 from lightcache_fx.passes.insert_transfers import Transfers, insert_transfers
@@ -25,6 +26,7 @@ from lightcache_fx.passes.remove_marks import remove_marks
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan
+from lightcache_fx.policy import Compile
 from lightcache_fx.stores import SLOT, Stores, version_of
 from lightcache_fx.transfers import PREFETCH, WAIT
 
@@ -200,6 +202,7 @@ class BoundProgram:
         constants: Mapping[str, torch.Tensor],
         user_names: Sequence[str],
         resident: frozenset[str] = frozenset(),
+        settings: Compile | None = None,
     ) -> None:
         self.program = program
         self.resident = resident
@@ -225,7 +228,10 @@ class BoundProgram:
         }
         self._residents = [place for place, (kind, _, _) in enumerate(self._sources) if kind == "resident"]
         self.wanted = resident | {i.name for i in program.inputs if i.kind == "copy"}
-        self._run = program.graph_module.forward
+        self._run: Callable[..., Sequence[torch.Tensor]] = program.graph_module.forward
+        self.compile_state: CompileState | None = None
+        if settings is not None:
+            self._run, self.compile_state = lower(program.graph_module, settings, program.name)
 
     def weights(self) -> list[torch.Tensor]:
         """The weights that the program reads, as they are now, but for those that are handed over."""

@@ -260,7 +260,12 @@ class Runtime:
         once = frozenset[str]() if plan.swap is not None and plan.swap.moves else resident
         bound = {
             name: BoundProgram(
-                program, self.module, captured.constants, names, once if name == "prologue" else resident
+                program,
+                self.module,
+                captured.constants,
+                names,
+                once if name == "prologue" else resident,
+                self.policy.compile,
             )
             for name, program in programs.items()
         }
