@@ -218,19 +218,43 @@ def with_swaps(
         resident = sum(cycle.movables[name].num_bytes for name in residence.resident)
         simulation = simulate(cycle, residence, link)
         found = replace(found, residence=residence, simulation=simulation, resident_bytes=resident)
-    prologue = Transfers()
-    if period.prologue is not None and period.everything > budget:
-        beside = _beside(period.prologue, _slot_bytes_between(found.residence, cycle, period.branches))
-        once = _planned(plan.model, beside, budget, link).residence
-        (prologue,) = transfers_of(leaving_after_use(once, beside), beside)
+    prologue, keeps_residents = _prologue_transfers(plan.model, period, found)
     transfers = transfers_of(found.residence, cycle, period.branches)
     tier: Tier = swap.to or ("host" if period.on_cuda else "disk")
     whole = cycle.seconds if whole_seconds is None else whole_seconds
     schedule = SwapSchedule(
-        period.names, period.weights, transfers, prologue, found, whole, cycle, period.hardware, tier, period.branches
+        period.names,
+        period.weights,
+        transfers,
+        prologue,
+        found,
+        whole,
+        cycle,
+        period.hardware,
+        tier,
+        period.branches,
+        keeps_residents,
     )
     notes = plan.notes if schedule.warning is None else (*plan.notes, schedule.warning)
     return replace(plan, swap=schedule, notes=notes)
+
+
+def _prologue_transfers(model: str, period: _Period, found: SwapPlan) -> tuple[Transfers, bool]:
+    """What the prologue copies, and whether it has room beside the weights that stay on the device for the steps.
+
+    Where it has, a branch's prologue does not cost fetching them anew; the room is what the steps take at their peak.
+    """
+    if period.prologue is None or period.everything <= found.budget:
+        return Transfers(), True
+    slots, link = _slot_bytes_between(found.residence, period.cycle, period.branches), period.hardware.link
+    beside, keeps_residents = _beside(period.prologue, slots + found.resident_bytes), True
+    try:
+        once = _planned(model, beside, found.peak_bytes, link)
+    except BudgetError:
+        beside, keeps_residents = _beside(period.prologue, slots), False
+        once = _planned(model, beside, found.budget, link)
+    (transfers,) = transfers_of(leaving_after_use(once.residence, beside), beside)
+    return transfers, keeps_residents
 
 
 def _slot_bytes_between(residence: Residence, cycle: Workload, branches: int) -> int:

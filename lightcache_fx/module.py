@@ -351,12 +351,11 @@ def plan_component(
     policy = _policy_for(module, policy, method)
     reader = CallReader(module, rates=policy.rates, method=method)
     marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
+    captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
     on_cuda = None if device is None else device == "cuda"
-    with CAPTURE_LOCK.capturing():
-        captured = capture(module, reader.read(tuple(args), dict(kwargs or {})), mark=marked)
-        return with_memory(
-            captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware, takes_turns=takes_turns
-        )
+    return with_memory(
+        captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware, takes_turns=takes_turns
+    )
 
 
 def _check_module(function: str, module: object) -> None:

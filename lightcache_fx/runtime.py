@@ -257,7 +257,7 @@ class Runtime:
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
         resident = plan.swap.resident if plan.swap is not None else frozenset()
-        once = frozenset[str]() if plan.swap is not None and plan.swap.moves else resident
+        once = resident if plan.swap is not None and plan.swap.keeps_residents else frozenset[str]()
         bound = {
             name: BoundProgram(
                 program,

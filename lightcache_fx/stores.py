@@ -35,10 +35,12 @@ class Copies:
 
     def take(self, name: str, version: object) -> torch.Tensor | None:
         """Hand a copy over, or None where there is none of this version, or versions are not counted."""
-        found = self.held.pop(name, None)
-        if found is None or (version is not None and found[1] == version):
-            return found[0] if found is not None else None
-        WAIT(found[0])
+        if name not in self.held:
+            return None
+        copy, known = self.held.pop(name)
+        if version is not None and known == version:
+            return copy
+        WAIT(copy)
         return None
 
     def __contains__(self, name: object) -> bool:

@@ -75,6 +75,7 @@ class SwapSchedule:
         hardware: likewise.
         tier: where things are kept.
         branches: how many calls a denoising step has, one for each branch of guidance.
+        keeps_residents: whether weights that stay on the device do so while the prologue runs.
     """
 
     names: tuple[str, ...]
@@ -87,6 +88,7 @@ class SwapSchedule:
     hardware: Hardware
     tier: Tier
     branches: int = 1
+    keeps_residents: bool = True
 
     @property
     def moves(self) -> bool:

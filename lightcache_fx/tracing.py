@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,13 +50,14 @@ class FlatCall(nn.Module):
         self.marked = tuple(marked)
         self.whole = layout.integers if whole_numbers else frozenset()
         self.record = OutputRecord()
+        self._untraced = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Call the model with the tensors where they belong; what else it returns goes to the record."""
         own = [tensor.to(torch.int64) if i in self.whole else tensor for i, tensor in enumerate(tensors)]
         args, kwargs = self.layout.rebuild(own)
         method = method_of(self.model, self.layout.method)
-        with _confined_to_thread(), marked_modules(self.model, self.marked) as self.record.marks:
+        with _confined_to_thread(self._untraced), marked_modules(self.model, self.marked) as self.record.marks:
             flat, self.record.spec = pytree.tree_flatten(method(self.model, *args, **kwargs))
         found = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         self.record.constants = tuple((i, leaf) for i, leaf in enumerate(flat) if not isinstance(leaf, torch.Tensor))
@@ -71,23 +72,25 @@ class FlatCall(nn.Module):
 
 
 @contextmanager
-def _confined_to_thread() -> Iterator[None]:
-    """What the tracer has patched into `nn.Module` for the whole process holds in this thread alone."""
+def _confined_to_thread(untraced: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """What a tracer has patched into `nn.Module` for the whole process holds in this thread alone.
+
+    Args:
+        untraced: what stands there for all other threads: the methods as they were before the trace began.
+    """
     me = threading.get_ident()
-    patched = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
+    patched = {name: vars(nn.Module)[name] for name in untraced}
 
-    def confined(method: Callable[..., Any]) -> Callable[..., Any]:
-        original = getattr(method, "__wrapped__", method)  # the patches are made with functools.wraps
-
-        @functools.wraps(original)
+    def confined(name: str) -> Callable[..., Any]:
+        @functools.wraps(untraced[name])
         def choose(*args: Any, **kwargs: Any) -> Any:
-            return (method if threading.get_ident() == me else original)(*args, **kwargs)
+            return (patched if threading.get_ident() == me else untraced)[name](*args, **kwargs)
 
         return choose
 
     try:
-        for name, method in patched.items():
-            setattr(nn.Module, name, confined(method))
+        for name in patched:
+            setattr(nn.Module, name, confined(name))
         yield
     finally:
         for name, method in patched.items():

@@ -1,9 +1,16 @@
-"""Workloads to plan: drawn ones, and small ones to compute by hand."""
+"""Workloads to plan: drawn ones, and small ones to compute by hand; runs that are interrupted."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
 from hypothesis import strategies as st
 
+from lightcache_fx.transfers import ThreadEngine
 from lightcache_fx.workload import Link, Movable, Op, Stay, Step, Workload
 
 SLOW = Link(1.0, 1.0, 0.0)
@@ -68,3 +75,19 @@ def covers(stay: Stay, index: int, count: int, *, since: int | None = None) -> b
     """Whether a stay has a call of the period in it, from `since` on."""
     begin = stay.begin if since is None else since
     return any(begin <= index + turn * count <= stay.end for turn in (0, 1))
+
+
+@contextmanager
+def interrupted_at(wait: int) -> Iterator[None]:
+    """Ctrl-C in the place of the so-manieth wait for a copy; what is run inside must be stopped by it."""
+    waits, original = itertools.count(), ThreadEngine.wait
+
+    def interrupted(self: ThreadEngine, arriving: torch.Tensor) -> None:
+        if next(waits) == wait:
+            raise KeyboardInterrupt
+        original(self, arriving)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThreadEngine, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lightcache_fx as lc
+from lightcache_fx import budgets
 from lightcache_fx import runtime as runtime_module
 from lightcache_fx.costs import CPU
 from lightcache_fx.hardware import Hardware
@@ -23,10 +24,10 @@ from lightcache_fx.stores import SLOT, SlotPlace, Stores
 from lightcache_fx.swap_checks import validate
 from lightcache_fx.swap_transfers import places_of_slots, transfers_of
 from lightcache_fx.swapping import SwapSchedule
-from lightcache_fx.transfers import PREFETCH, WAIT, CopyLog, ThreadEngine, recorded_copies
+from lightcache_fx.transfers import PREFETCH, WAIT, CopyLog, recorded_copies
 from lightcache_fx.workload import Link, Movable, Residence, Stay
 from pipelines import PIPELINES, SMALL
-from swap_cases import workload
+from swap_cases import interrupted_at, workload
 from toys import Tower, latent, prompt
 
 HARDWARE = Hardware(CPU, Link(to_device=2e9, from_device=1e9))
@@ -296,6 +297,20 @@ def test_a_memory_budget_that_one_branch_fits_and_two_do_not() -> None:
 # Memory ------------------------------------------------------------------------------------------------------------
 
 
+def generation(model: nn.Module, batch: int, conditions: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A marked generation that keeps no output, its inputs made before: to be measured."""
+    inputs = [(latent(step, batch), torch.tensor(900.0 - 100 * step)) for step in range(NUM_STEPS)]
+
+    def run() -> None:
+        with torch.no_grad(), lc.marked_run(NUM_STEPS):
+            for call in inputs:
+                for condition in conditions:
+                    model(*call, condition)
+                lc.step_done()
+
+    return run
+
+
 @pytest.mark.parametrize("share", ["30%", "50%", "75%"])
 @pytest.mark.parametrize("told", [None, 2])
 def test_the_budget_is_kept_and_the_peak_is_as_planned(share: str, told: int | None) -> None:
@@ -303,16 +318,7 @@ def test_the_budget_is_kept_and_the_peak_is_as_planned(share: str, told: int | N
     model = Tower(num_blocks=8, width=128)
     swapped = lc.transform(model, policy(share, calls_per_step=told))
     generate(swapped, (0,), num_steps=1)
-    inputs = [(latent(s), torch.tensor(900.0 - 100 * s)) for s in range(NUM_STEPS)]
-    conditions = [prompt(number) for number in PAIR]
-
-    def run() -> None:
-        with torch.no_grad(), lc.marked_run(NUM_STEPS):
-            for call in inputs:
-                for condition in conditions:
-                    swapped(*call, condition)
-                lc.step_done()
-
+    run = generation(swapped, 2, [prompt(number) for number in PAIR])
     learning = measure_peak(run).peak_bytes
     measured = measure_peak(run).peak_bytes + small_weights(model, swap_of(swapped))
     plan = swap_of(swapped).plan
@@ -324,6 +330,62 @@ def test_the_budget_is_kept_and_the_peak_is_as_planned(share: str, told: int | N
 
 
 BATCH = 512
+
+
+@pytest.mark.parametrize(("cut", "slots_that_stay"), [(0, 1), ("blocks.0", 0)])
+def test_a_later_branch_s_prologue_has_room_beside_what_earlier_ones_keep(
+    cut: int | str, slots_that_stay: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hoisted values in any case, and the slot where it does not leave the device meanwhile."""
+    original, seen = budgets._planned, []
+    monkeypatch.setattr(budgets, "_planned", lambda *args: seen.append(args[1]) or original(*args))
+    call = latent(0, BATCH), torch.tensor(900.0), prompt(0)[:1]
+    asked = Policy(cache=Cache(cut=cut, interval=3), swap=Swap(budget="65%"))
+
+    def held(branches: int) -> tuple[lc.Plan, int]:
+        seen.clear()
+        told = asked.model_copy(update={"calls_per_step": branches})
+        plan = lc.plan(Tower(num_blocks=8), call, policy=told, hardware=HARDWARE)
+        prologue = next(found for found in seen if not found.cyclic)
+        assert plan.swap is not None
+        return plan, prologue.ops[0].live_bytes - plan.swap.plan.resident_bytes
+
+    (plan, one), (_, two) = held(1), held(2)
+    assert two - one == plan.hoist.num_bytes + slots_that_stay * plan.kept_bytes
+    assert plan.kept_bytes > plan.hoist.num_bytes > 0
+
+
+class Spread(nn.Module):
+    """What takes so much room for each value that nothing else has any."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value.unsqueeze(1).repeat(1, self.times, 1).sin().mean(1)
+
+
+@pytest.mark.parametrize(("times", "keeps"), [(1, True), (6000, False)])
+def test_resident_weights_stay_while_a_prologue_has_room_beside_them(times: int, keeps: bool) -> None:
+    model = Tower(num_blocks=8, width=128)
+    model.prompt = nn.Sequential(nn.Linear(3, 8), Spread(times), nn.Linear(8, 128))
+    asked = policy("75%")
+    swapped = lc.transform(model, asked)
+    expected = generate(lc.transform(model, unswapped(asked)))
+    generate(swapped)
+    swap = swap_of(swapped)
+    assert swap.resident
+    assert swap.keeps_residents == keeps
+    first, second, *later = [{name for name, _ in call} & swap.resident for call in begun_copies(swapped)]
+    assert first == swap.resident, "the run before gave its memory back"
+    assert second == (set() if keeps else swap.resident), "fetched anew behind the other branch's prologue"
+    assert not any(later)
+    assert_same(generate(swapped), expected)
+    run = generation(swapped, 2, [prompt(number) for number in PAIR])
+    measured = measure_peak(run).peak_bytes + small_weights(model, swap)
+    assert measured <= swap.plan.budget
+    assert not keeps or measured <= swap.plan.peak_bytes
 
 
 @pytest.mark.parametrize("interval", [2, 3])
@@ -341,16 +403,7 @@ def test_slots_of_each_branch_leave_and_come_back(interval: int) -> None:
         swapped = lc.transform(model, Policy(cache=cache, swap=Swap(budget=budget)))
         generate(swapped, (0,), num_steps=3, batch=BATCH)
         assert swap_of(swapped).branches == 1
-        inputs = [(latent(s, BATCH), torch.tensor(900.0 - 100 * s)) for s in range(NUM_STEPS)]
-        conditions = [prompt(number)[:1] for number in PAIR]
-
-        def run(module: nn.Module = swapped, inputs: Any = inputs, conditions: Any = conditions) -> None:
-            with torch.no_grad(), lc.marked_run(NUM_STEPS):
-                for one in inputs:
-                    for condition in conditions:
-                        module(*one, condition)
-                    lc.step_done()
-
+        run = generation(swapped, BATCH, [prompt(number)[:1] for number in PAIR])
         learning = measure_peak(run).peak_bytes
         for _ in range(2):
             assert_same(generate(swapped, batch=BATCH), expected)
@@ -431,25 +484,15 @@ def test_a_run_that_goes_on_beyond_its_end() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 5, 8])
-def test_an_interrupted_run(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run(at: int) -> None:
     """Ctrl-C within a program of one of two branches; the next run is right, and no later in its copies."""
     swapped, plain = (lc.transform(Tower(), asked) for asked in (policy("40%"), unswapped(policy("40%"))))
     generate(swapped)
     before = late_copies(swapped)
     generate(swapped)
     usual = late_copies(swapped) - before
-    waits = iter(range(10**6))
-    original = ThreadEngine.wait
-
-    def interrupted(self: ThreadEngine, arriving: torch.Tensor) -> None:
-        if next(waits) == 7 * at + 2:
-            raise KeyboardInterrupt
-        original(self, arriving)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ThreadEngine, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            generate(swapped)
+    with interrupted_at(7 * at + 2):
+        generate(swapped)
     assert swapped._lightcache.runtime.tracker.weight_copies.num_bytes() == 0
     before = late_copies(swapped)
     assert_same(generate(swapped), generate(plain))

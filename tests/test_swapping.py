@@ -21,9 +21,10 @@ from lightcache_fx.measure import measure_peak
 from lightcache_fx.policy import Cache, Policy, Swap
 from lightcache_fx.schedule import Schedule
 from lightcache_fx.swapping import SwapSchedule
-from lightcache_fx.transfers import ThreadEngine, copy_bytes, engine_of, recorded_copies
+from lightcache_fx.transfers import copy_bytes, engine_of, recorded_copies
 from lightcache_fx.workload import Link
 from pipelines import PIPELINES, SMALL
+from swap_cases import interrupted_at
 from toys import Tower, latent, prompt
 from zoo import ZOO, run_inputs
 
@@ -440,22 +441,12 @@ def test_a_copy_that_fails(failing: dict[str, int], at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
-def test_an_interrupted_run(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run(at: int) -> None:
     """Ctrl-C within a program, between offload and prefetch say, and the next run is right."""
     swapped, plain = (lc.transform(Tower(), asked) for asked in (policy("40%"), unswapped(policy())))
     generate(swapped)
-    steps = iter(range(100))
-    original = ThreadEngine.wait
-
-    def interrupted(self: ThreadEngine, arriving: torch.Tensor) -> None:
-        if next(steps) == 5 * at + 2:
-            raise KeyboardInterrupt
-        original(self, arriving)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ThreadEngine, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            generate(swapped)
+    with interrupted_at(5 * at + 2):
+        generate(swapped)
     assert_same(generate(swapped), generate(plain))
 
 

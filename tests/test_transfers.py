@@ -24,6 +24,7 @@ from lightcache_fx import transfers
 from lightcache_fx.arena import Arena
 from lightcache_fx.errors import SwapError
 from lightcache_fx.measure import measure_peak
+from lightcache_fx.stores import Copies
 from lightcache_fx.transfers import (
     OFFLOAD,
     PREFETCH,
@@ -735,3 +736,16 @@ def test_a_weight_that_is_bound_to_other_memory_before_its_turn_comes() -> None:
     held_up.set()
     engine.wait(arriving)
     assert torch.equal(arriving, torch.ones(1000))
+
+
+def test_a_copy_of_another_version_is_let_go_when_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is held until then, so a budget must not count on it before."""
+    ended: list[torch.Tensor] = []
+    monkeypatch.setattr("lightcache_fx.stores.WAIT", ended.append)
+    copies, copy = Copies(), torch.zeros(3)
+    for put, asked, found in ((1, 2, None), (1, None, None), (1, 1, copy)):
+        ended.clear()
+        copies.put("weight", copy, put)
+        assert copies.take("weight", asked) is found
+        assert [one is copy for one in ended] == [True] * (found is None)
+        assert copies.take("weight", asked) is None

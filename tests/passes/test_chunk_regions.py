@@ -45,6 +45,14 @@ def test_golden() -> None:
     check_golden(diff(given.graph_module, after), "chunk_regions", __file__)
 
 
+def test_golden_written_directly() -> None:
+    """A region that ends in arithmetic: its last operator writes into the whole output."""
+    given = feed_forward()
+    after, result = given.apply(partial(chunk_regions, regions=[PlannedRegion("linear", "add", ROWS, 2)]))
+    assert result.counts == {"regions": 1}
+    check_golden(diff(given.graph_module, after), "chunk_regions_written_directly", __file__)
+
+
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_numbers(count: int) -> None:
     given = feed_forward()
