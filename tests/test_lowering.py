@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._dynamo.backends.registry import _BACKENDS, _COMPILER_FNS, register_backend
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lightcache_fx as lc
 from lightcache_fx.errors import LoweringError, PolicyError
-from lightcache_fx.lowering import CompileState
+from lightcache_fx.lowering import CompileState, lower
 from oracle import assert_bitwise, plain_step
 from toys import Denoiser, latent, prompt
 from zoo import ZOO, run_inputs
@@ -121,6 +123,36 @@ def test_a_region_is_looped_and_each_body_compiled_once(compiler: str) -> None:
     state = states(compiled)["full"]
     assert 0 < bodies < chunks
     assert state.pieces == state.compiled == bodies + 1  # and what comes behind the last region
+
+
+def half_filled(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a piece that ends before the last write to a tensor: rotary embeddings fill one half and then the other."""
+    made = torch.empty_like(sample)
+    made[..., ::2] = sample[..., ::2] + 1
+    return made, sample * 2
+
+
+@pytest.mark.parametrize(("factor", "is_refused"), [(1.0, False), (1.01, True)])
+def test_only_what_a_piece_defines_is_compared(
+    factor: float, is_refused: bool, backend: Callable[[Callable[..., Any]], str]
+) -> None:
+    graph_module = make_fx(functionalize(half_filled))(torch.ones(4, 6))
+    filled = itertools.count(5)
+
+    class Otherwise(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            result = super().call_function(target, args, kwargs)
+            return result.fill_(next(filled)) if target is torch.ops.aten.empty_like.default else result
+
+    def run(given: fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        return lambda *args: [result * factor for result in Otherwise(given).run(*args)]
+
+    lowered, _ = lower(graph_module, lc.Compile(backend=backend(run)), "full")
+    if is_refused:
+        with pytest.raises(LoweringError, match="result 0 is"):
+            lowered(torch.ones(4, 6))
+    else:
+        assert lowered(torch.ones(4, 6))[0][0, :2].tolist() == [2.0, 5.0]
 
 
 # What changes after it was compiled -------------------------------------------------------------------------------
