@@ -5,6 +5,7 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 """
 
 from lightcache_fx import errors
+from lightcache_fx.backend import backend
 from lightcache_fx.mapped import map_weights
 from lightcache_fx.module import Report, decode_frames, inspect, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
@@ -31,6 +32,7 @@ __all__ = [
     "Residual",
     "Stage",
     "Swap",
+    "backend",
     "branch_name",
     "decode_frames",
     "diff",

@@ -8,7 +8,7 @@ caller. While a capture is traced, forward hooks on the modules of interest pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,9 +41,24 @@ def _(tensor: torch.Tensor, tag: int) -> torch.Tensor:  # noqa: ARG001 - as abov
 MARK = torch.ops.lightcache.mark.default
 
 
+class MarksItself(nn.Module):
+    """A model that knows where its submodules' calls are."""
+
+    def marked(self, paths: Sequence[str]) -> AbstractContextManager[list[Mark]]:
+        """As `marked_modules`."""
+        raise NotImplementedError
+
+
 @contextmanager
 def marked_modules(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Mark]]:
-    """While active, tensors going into and out of the named submodules are marked; yields what each tag means."""
+    """While active, tensors going into and out of the named submodules are marked; yields what each tag means.
+
+    A model whose forward does not call its submodules marks them itself.
+    """
+    if isinstance(model, MarksItself):
+        with model.marked(paths) as own:
+            yield own
+        return
     marks: list[Mark] = []
     handles: list[Any] = []
     try:
@@ -80,5 +95,13 @@ def _hooks(path: str, marks: list[Mark]) -> tuple[Callable[..., Any], Callable[.
 
 
 def marked_nodes(graph: fx.Graph, marks: Sequence[Mark]) -> dict[Mark, fx.Node]:
-    """The node of each mark that is still alive in the graph."""
-    return {marks[int(node.args[1])]: node for node in graph.nodes if node.target is MARK}
+    """The node of each mark that is still alive in the graph, in the order in which the marked values are computed."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+
+    def computed(node: fx.Node) -> int:
+        while node.target is MARK:
+            node = node.args[0]
+        return order[node]
+
+    found = sorted((node for node in graph.nodes if node.target is MARK), key=computed)
+    return {marks[int(node.args[1])]: node for node in found}

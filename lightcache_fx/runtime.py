@@ -90,7 +90,9 @@ def homes_of(module: nn.Module, policy: Policy) -> Homes:
     return Homes(lambda: weight_slots(module), tier, swap.folder, device=device)
 
 
-class _PerThread(threading.local):
+class ThreadState(threading.local):
+    """The run under way in each thread."""
+
     def __init__(self) -> None:
         self.tracker = RunTracker()
         self.ran_last: Compiled | None = None
@@ -106,6 +108,7 @@ class Runtime:
         homes: where its weights are kept while they are away; shared by all that runs the module.
         ledger: who is on the device; shared by all models that must not be there at the same time.
         may_stay_eager: whether a module that cannot be captured runs as it is, its weights fetched as a whole.
+        local: the threads' runs; shared by all graphs of one model.
 
     Raises:
         ArgumentError: the policy's rates name a parameter that `forward` does not have.
@@ -121,6 +124,7 @@ class Runtime:
         homes: Homes | None = None,
         ledger: Ledger | None = None,
         may_stay_eager: bool = False,
+        local: ThreadState | None = None,
     ) -> None:
         register_distributions()
         self.module = module
@@ -135,7 +139,7 @@ class Runtime:
         self._uncaptured: str | None = None
         self._state = ModuleState.take(module, self.homes.device_of)
         self._lock = threading.Lock()
-        self._local = _PerThread()
+        self._local = local or ThreadState()
 
     @property
     def tracker(self) -> RunTracker:
