@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lightcache_fx.calls import default_rate
 from lightcache_fx.errors import ArgumentError, PolicyError, TransformError
 from lightcache_fx.graph_model import Frame, GraphModel, graph_model
 from lightcache_fx.module import is_autoencoder
@@ -126,11 +127,11 @@ class CompiledGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph's programs."""
-        for name, value in zip(self.model.input_names, inputs, strict=True):
+        for place, value in zip(self.model.places, inputs, strict=True):
             if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
                 if not isinstance(value, nn.Parameter):
                     raise TransformError(
-                        f"lightcache: argument {name} requires a gradient, and programs have none; call the model under"
+                        f"lightcache: argument {place} requires a gradient, and programs have none; call the model under"
                         f" torch.no_grad(), or compile it for training by another backend"
                     )
         if self.runtime is None:
@@ -151,6 +152,12 @@ class CompiledGraph:
                 self._reason,
             )
             policy = policy.model_copy(update={"cache": None})
+        if policy.cache is not None and not _takes_a_timestep(model, policy):
+            log.warning(
+                "torch.compile made a graph of %s that takes no timestep, so every call of it computes everything; pass"
+                " the timestep as a tensor, and not as a Python number",
+                type(model).__name__,
+            )
         if is_autoencoder(model):
             policy = policy.of_autoencoder(model.method)
         key = (id(weight if weight is not None else self), repr(policy))
@@ -167,6 +174,11 @@ def _refuse_moving_weights(policy: Policy, weight: torch.Tensor | None) -> None:
             f" torch.compile they cannot be kept elsewhere; use lightcache_fx.transform with Policy(compile=...), or"
             f" Swap(weights=False)"
         )
+
+
+def _takes_a_timestep(model: GraphModel, policy: Policy) -> bool:
+    names = {str(place.path[0]) for place in model.places if place.kind == "argument"}
+    return any(policy.rates.get(name, default_rate(name, first=False)) == "step" for name in names)
 
 
 def graphs_of(module: nn.Module) -> list[CompiledGraph]:

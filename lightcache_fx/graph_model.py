@@ -65,18 +65,18 @@ class Place:
     kind: Literal["weight", "argument"]
     path: tuple[Key, ...]
 
+    def __str__(self) -> str:
+        """As the user would write it."""
+        first, *keys = self.path
+        return str(first) + "".join(f".{key}" if self.kind == "weight" else f"[{key!r}]" for key in keys)
+
 
 class GraphModel(MarksItself):
     """What `graph_model` makes; each instance has a class of its own, named as the model's and with its signature."""
 
     _graph_module: fx.GraphModule
-    _places: tuple[Place, ...]
+    places: tuple[Place, ...]
     method = "forward"
-
-    @property
-    def input_names(self) -> list[str]:
-        """What the graph's inputs are called, in order."""
-        return [".".join(map(str, place.path)) for place in self._places]
 
     @contextmanager
     def marked(self, paths: Sequence[str]) -> Iterator[list[Mark]]:
@@ -95,7 +95,7 @@ class GraphModel(MarksItself):
     def bind(self, values: Sequence[Any]) -> dict[str, Any]:
         """The keyword arguments of a call for the graph's inputs; weights among them are put into their places."""
         arguments: list[tuple[tuple[Key, ...], Any]] = []
-        for place, value in zip(self._places, values, strict=True):
+        for place, value in zip(self.places, values, strict=True):
             if place.kind == "argument":
                 arguments.append((place.path, value))
                 continue
@@ -109,7 +109,7 @@ class GraphModel(MarksItself):
     def values(self, arguments: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, of the weights as they are and a call's arguments."""
         found = []
-        for place in self._places:
+        for place in self.places:
             value: Any = self if place.kind == "weight" else arguments
             for key in place.path:
                 value = getattr(value, str(key)) if place.kind == "weight" else value[key]
@@ -135,6 +135,7 @@ def graph_model(graph_module: fx.GraphModule, inputs: Sequence[Any], frame: Fram
         node.meta["nn_module_stack"] = reader.module_stack(node.meta.get("nn_module_stack") or {})
     for node, place in zip(graph.find_nodes(op="placeholder"), places, strict=True):
         node.meta["lightcache_place"] = place
+        _keep_number_as_tensor(node)
 
     def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
@@ -149,11 +150,21 @@ def graph_model(graph_module: fx.GraphModule, inputs: Sequence[Any], frame: Fram
         "forward": forward,
         "method": reader.method,
         "_graph_module": fx.GraphModule(graph_module, graph),
-        "_places": tuple(places),
+        "places": tuple(places),
     }
     made: GraphModel = type(reader.owner, (GraphModel,), namespace)()
     reader.build(made, places, inputs)
     return made
+
+
+def _keep_number_as_tensor(node: fx.Node) -> None:
+    """A Python float comes as a 0-d float64 tensor, which computes as the number does; its value is not asked for."""
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype == torch.float64:
+        for user in list(node.users):
+            if user.op == "call_method" and user.target == "item":
+                user.replace_all_uses_with(node)
+                node.graph.erase_node(user)
 
 
 def _source_of(node: fx.Node) -> str:
@@ -207,8 +218,9 @@ class _Sources:
             holds = scope == "G" or isinstance(self.frame.local.get(root), nn.Module) or keys[:1] == ["__dict__"]
             if (holds or any(key in _TABLES for key in keys)) and (scope, root) not in self.roots:
                 self.roots.append((scope, root))
-        self.roots.sort(key=lambda root: root != ("L", "self"))
-        local = self.frame.local.get(self.roots[0][1]) if self.roots else self.frame.local.get("self")
+        if not self.roots or isinstance(self.frame.local.get("self"), nn.Module):
+            self.roots = [("L", "self"), *(root for root in self.roots if root != ("L", "self"))]
+        local = self.frame.local.get(self.roots[0][1])
         self.root = local if isinstance(local, nn.Module) else None
         if self.root is not None:
             found = filter(None, map(_parse, names))

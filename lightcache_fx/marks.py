@@ -94,14 +94,17 @@ def _hooks(path: str, marks: list[Mark]) -> tuple[Callable[..., Any], Callable[.
     return before, after
 
 
+def place_marks(graph: fx.Graph) -> None:
+    """Put each mark right behind what it marks, so that a graph does not depend on the order of marking."""
+    latest: dict[fx.Node, fx.Node] = {}
+    inputs = graph.find_nodes(op="placeholder")
+    for node in [node for node in graph.nodes if node.target is MARK]:
+        value = node.args[0]
+        anchor = latest.get(value) or (inputs[-1] if value.op == "placeholder" else value)
+        anchor.append(node)
+        latest[value] = node
+
+
 def marked_nodes(graph: fx.Graph, marks: Sequence[Mark]) -> dict[Mark, fx.Node]:
     """The node of each mark that is still alive in the graph, in the order in which the marked values are computed."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-
-    def computed(node: fx.Node) -> int:
-        while node.target is MARK:
-            node = node.args[0]
-        return order[node]
-
-    found = sorted((node for node in graph.nodes if node.target is MARK), key=computed)
-    return {marks[int(node.args[1])]: node for node in found}
+    return {marks[int(node.args[1])]: node for node in graph.nodes if node.target is MARK}

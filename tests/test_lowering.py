@@ -55,9 +55,7 @@ def backend() -> Iterator[Callable[[Callable[..., Any]], str]]:
 
 
 @pytest.mark.parametrize("name", BY_EAGER)
-@pytest.mark.parametrize(
-    "memory", [{}, {"chunk": lc.Chunk(budget="95%")}], ids=["plain", "chunks"]
-)
+@pytest.mark.parametrize("memory", [{}, {"chunk": lc.Chunk(budget="95%")}], ids=["plain", "chunks"])
 def test_bitwise_by_aot_eager(name: str, memory: dict[str, Any]) -> None:
     model, make_inputs = ZOO[name].build()
     cache = lc.Cache(cut="auto", interval=3)
