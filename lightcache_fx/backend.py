@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="lightcache")`: the same passes behind Dynamo, whose guards decide what is compiled anew.
+"""`torch.compile(model, backend="lightcache")`: the same passes behind Dynamo, whose guards say what is compiled anew.
 
 Dynamo gives a graph of the model's forward. It becomes a module that looks like the model (`graph_model`), and that one
 is captured, planned and run as any other: the same programs, schedule and rules about state as by `transform`.
@@ -127,12 +127,12 @@ class CompiledGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph's programs."""
-        for place, value in zip(self.model.places, inputs, strict=True):
-            if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
-                if not isinstance(value, nn.Parameter):
+        if torch.is_grad_enabled():
+            for place, value in zip(self.model.places, inputs, strict=True):
+                if place.kind == "argument" and isinstance(value, torch.Tensor) and value.requires_grad:
                     raise TransformError(
-                        f"lightcache: argument {place} requires a gradient, and programs have none; call the model under"
-                        f" torch.no_grad(), or compile it for training by another backend"
+                        f"lightcache: argument {place} requires a gradient, and programs have none; call the model"
+                        f" under torch.no_grad(), or compile it for training by another backend"
                     )
         if self.runtime is None:
             self.runtime = self._make_runtime()

@@ -29,8 +29,11 @@ _STEP = re.compile(r"\.(\w+)|\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 _AS_TENSOR = re.compile(r"___as_tensor\((.*)\)")
 _TABLES = ("__dict__", "_modules", "_parameters", "_buffers")
 _VIEWS = frozenset(
-    "view reshape transpose permute unsqueeze squeeze flatten unflatten expand chunk split select narrow movedim".split()
-)
+    {
+        "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "chunk",
+        "split", "select", "narrow", "movedim",
+    }
+)  # fmt: skip
 Key = str | int
 
 
@@ -74,7 +77,7 @@ class Place:
 class GraphModel(MarksItself):
     """What `graph_model` makes; each instance has a class of its own, named as the model's and with its signature."""
 
-    _graph_module: fx.GraphModule
+    graph_module: fx.GraphModule
     places: tuple[Place, ...]
     method = "forward"
 
@@ -82,15 +85,16 @@ class GraphModel(MarksItself):
     def marked(self, paths: Sequence[str]) -> Iterator[list[Mark]]:
         """While active, what goes into and out of the named submodules is marked; yields what each tag means."""
         cls: Any = type(self)
-        plain, marks = cls._graph_module, []
+        plain: fx.GraphModule = cls.graph_module
+        marks: list[Mark] = []
         graph, _ = copy_graph(plain.graph)
         for path in paths:
             _mark_calls(graph, path, marks)
-        cls._graph_module = fx.GraphModule(plain, graph)
+        cls.graph_module = fx.GraphModule(plain, graph)
         try:
             yield marks
         finally:
-            cls._graph_module = plain
+            cls.graph_module = plain
 
     def bind(self, values: Sequence[Any]) -> dict[str, Any]:
         """The keyword arguments of a call for the graph's inputs; weights among them are put into their places."""
@@ -140,7 +144,7 @@ def graph_model(graph_module: fx.GraphModule, inputs: Sequence[Any], frame: Fram
     def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
         with torch.fx.traceback.preserve_node_meta():
-            return fx.Interpreter(type(self)._graph_module).run(*self.values(arguments))
+            return fx.Interpreter(type(self).graph_module).run(*self.values(arguments))
 
     signature = reader.signature([str(p.path[0]) for p in places if p.kind == "argument"])
     forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
@@ -149,7 +153,7 @@ def graph_model(graph_module: fx.GraphModule, inputs: Sequence[Any], frame: Fram
     namespace = {
         "forward": forward,
         "method": reader.method,
-        "_graph_module": fx.GraphModule(graph_module, graph),
+        "graph_module": fx.GraphModule(graph_module, graph),
         "places": tuple(places),
     }
     made: GraphModel = type(reader.owner, (GraphModel,), namespace)()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx.passes.split_module import split_module
 
 from lightcache_fx.boxed import BoxedCodeGen
@@ -244,7 +245,7 @@ class _Filled(fx.Interpreter):
 
 
 def _leaves_undefined(target: object) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target.overloadpacket in _UNDEFINED
+    return isinstance(target, OpOverload) and target.overloadpacket in _UNDEFINED
 
 
 def _own_results(graph_module: fx.GraphModule, args: Sequence[Any]) -> list[tuple[Any, torch.Tensor | None]]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import lightcache_fx as lc
-from lightcache_fx.backend import graphs_of
+from lightcache_fx.backend import graphs_of, lightcache
 from lightcache_fx.errors import ArgumentError, CaptureError, CutError, PolicyError, TransformError
 from lightcache_fx.program import Program
 from oracle import assert_bitwise, plain_step
@@ -327,7 +327,7 @@ def test_graphs_go_with_the_model() -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(ArgumentError, match="backend: policy must be a lightcache_fx.Policy, got dict"):
+    with pytest.raises(ArgumentError, match=r"backend: policy must be a lightcache_fx.Policy, got dict"):
         lc.backend({"cache": None})  # type: ignore[arg-type]
     model = Denoiser()
     for options, message in (
@@ -341,12 +341,10 @@ def test_bad_settings() -> None:
         with pytest.raises((PolicyError, CutError), match=re.escape(message)):
             steps(torch.compile(model, backend="lightcache", options=options), TIMES[:1])
     torch._dynamo.reset()
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    compiled = lightcache(graph, [torch.ones(1)], mode="reduce-overhead", options={"compile": "eager"})
     with pytest.raises(PolicyError, match="the options say how to compile already"):
-        inputs = {"mode": "reduce-overhead", "options": {"compile": "eager"}}
-        from lightcache_fx.backend import lightcache
-
-        graph = torch.fx.symbolic_trace(nn.Identity())
-        lightcache(graph, [torch.ones(1)], **inputs)(torch.ones(1))
+        compiled(torch.ones(1))
 
 
 def test_gradients_and_training() -> None:
