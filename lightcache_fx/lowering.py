@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -23,14 +24,17 @@ from torch.fx.passes.split_module import split_module
 from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.chunked import ChunkedRegion
 from lightcache_fx.errors import LoweringError
-from lightcache_fx.graphs import copy_graph
+from lightcache_fx.graphs import copy_graph, output_node
 from lightcache_fx.policy import Compile
+from lightcache_fx.repeats import graph_key, repeated_blocks, share_to_compile
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
 
 Run = Callable[..., Any]
 
 _COPIES = (PREFETCH, WAIT, OFFLOAD, RELEASE)
 _MAX_LAYOUTS = 4
+_PAYS = 0.3
+"""Of a graph's calls; pieces cost a start of the compiler each, and fusions across their borders."""
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2, torch.float32: 1e-4, torch.float64: 1e-9}
 """How far a compiled graph's results may be from the graph's own, over the largest element: Inductor fuses, and keeps
@@ -71,14 +75,23 @@ class CompileState:
     """What has been compiled of a program.
 
     Attributes:
-        pieces: the graphs that go to the compiler: one, or those between regions and copies, and the bodies of regions.
-        compiled: how many times one has been compiled; more than `pieces` where a tensor came in another layout.
-        seconds: that it took, the first run of each included.
+        pieces: how many graphs the program calls: one, or those between regions and copies, the repeated blocks, and
+            the bodies of regions.
+        parts: the different ones among them; each is compiled once, for all programs that have it.
     """
 
     pieces: int = 0
-    compiled: int = 0
-    seconds: float = 0.0
+    parts: set[_Compiled] = field(default_factory=set)
+
+    @property
+    def compiled(self) -> int:
+        """How many times a part has been compiled; more than there are parts where tensors came in other layouts."""
+        return sum(part.times for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """That compiling the parts took, the first run of each included."""
+        return sum(part.seconds for part in self.parts)
 
 
 def lower(graph_module: fx.GraphModule, settings: Compile, name: str) -> tuple[Run, CompileState]:
@@ -101,9 +114,18 @@ def _lowered(gm: fx.GraphModule, settings: Compile, name: str, state: CompileSta
             region.lower(partial(_lowered, settings=settings, name=f"{name}/{node.name}", state=state))
     graph, _ = copy_graph(gm.graph)
     copy = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
-    if not any(map(_stays, graph.nodes)) and not boxed:
-        return _Compiled(copy, settings, name, state)
-    return _lowered_in_pieces(copy, settings, name, state, boxed=boxed)
+    blocks = _blocks(graph, settings)
+    if not any(map(_stays, graph.nodes)) and not blocks and not boxed:
+        return _piece(copy, settings, name, state)
+    return _lowered_in_pieces(copy, settings, name, state, blocks, boxed=boxed)
+
+
+def _blocks(graph: fx.Graph, settings: Compile) -> dict[fx.Node, str]:
+    """The blocks to compile apart; by default where what is left to compile is so little that it pays."""
+    if settings.blocks is False or settings.mode in _WITH_CUDA_GRAPHS:
+        return {}
+    blocks = repeated_blocks(graph)
+    return blocks if settings.blocks is True or share_to_compile(graph, blocks) <= _PAYS else {}
 
 
 def _stays(node: fx.Node) -> bool:
@@ -111,11 +133,20 @@ def _stays(node: fx.Node) -> bool:
     return node.op == "call_module" or (node.op == "call_function" and node.target in _COPIES)
 
 
-def _lowered_in_pieces(gm: fx.GraphModule, settings: Compile, name: str, state: CompileState, *, boxed: bool) -> Run:
-    """Split a graph before and after each call that stays as it is; what is between is compiled."""
+def _lowered_in_pieces(
+    gm: fx.GraphModule,
+    settings: Compile,
+    name: str,
+    state: CompileState,
+    blocks: Mapping[fx.Node, str],
+    *,
+    boxed: bool,
+) -> Run:
+    """Split a graph around each call that stays as it is and each repeated block; what is between is compiled."""
     part = 0
     numbers: dict[Any, int] = {}
     staying: set[int] = set()
+    block: str | None = None
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
@@ -126,14 +157,16 @@ def _lowered_in_pieces(gm: fx.GraphModule, settings: Compile, name: str, state: 
             numbers[node] = part = part + 1
             staying.add(part)
             part += 1
+            block = None
         else:
+            part += blocks.get(node) != block
+            block = blocks.get(node)
             numbers[node] = part
     whole = split_module(gm, gm, numbers.__getitem__, keep_original_order=True)
     for child, module in list(whole.named_children()):
         number = int(child.rpartition("_")[2]) if child.startswith("submod_") else None
         if number is not None and number not in staying and isinstance(module, fx.GraphModule):
-            piece = _Compiled(module, settings, f"{name}/{number}", state)
-            setattr(whole, child, _Called(piece))
+            setattr(whole, child, _Called(_piece(module, settings, f"{name}/{number}", state)))
     if boxed:
         whole.graph.set_codegen(BoxedCodeGen())
         whole.recompile()
@@ -141,38 +174,65 @@ def _lowered_in_pieces(gm: fx.GraphModule, settings: Compile, name: str, state: 
     return run
 
 
+_SHARED: WeakValueDictionary[Hashable, _Compiled] = WeakValueDictionary()
+"""What is compiled, by settings and by what it computes: the blocks of a model, and its programs, share much."""
+
+
+def _piece(gm: fx.GraphModule, settings: Compile, name: str, state: CompileState) -> _Compiled:
+    """A graph to be compiled, or one that computes the same and is known already."""
+    state.pieces += 1
+    single = _return_a_tuple(gm)
+    structure = graph_key(gm.graph)
+    key = None if structure is None else (repr(settings), single, structure)
+    found = _SHARED.get(key) if key is not None else None
+    if found is None:
+        found = _Compiled(gm, settings, name, single)
+        if key is not None:
+            _SHARED[key] = found
+    state.parts.add(found)
+    return found
+
+
+def _return_a_tuple(gm: fx.GraphModule) -> bool:
+    """Compilers want a tuple of results; whether it was none."""
+    output = output_node(gm.graph)
+    if not isinstance(output.args[0], fx.Node):
+        return False
+    output.args = ((output.args[0],),)
+    gm.recompile()
+    return True
+
+
 class _Called(torch.nn.Module):
     """A compiled piece in the place of the module that it was compiled from."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: _Compiled) -> None:
         super().__init__()
         self.run = run
 
     def forward(self, *args: object) -> Any:
         """Call it."""
         results = self.run(*args)
-        return results if len(results) != 1 or not self.run.single else results[0]  # type: ignore[attr-defined]
+        return results[0] if self.run.single else results
 
 
-@dataclass
+@dataclass(eq=False)
 class _Compiled:
-    """One graph, compiled at its first call, and again for tensors that are laid out otherwise."""
+    """One graph, compiled at its first call, and again for tensors that are laid out otherwise.
+
+    Attributes:
+        single: whether what it was made of returns one value and no tuple of it.
+        times: how often it has been compiled.
+        seconds: that this took, the first runs included.
+    """
 
     graph_module: fx.GraphModule
     settings: Compile
     name: str
-    state: CompileState
-    single: bool = False
+    single: bool
+    times: int = 0
+    seconds: float = 0.0
     _by_layout: dict[tuple[object, ...], Run] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Count it; compilers want a tuple of results."""
-        self.state.pieces += 1
-        output = next(node for node in self.graph_module.graph.nodes if node.op == "output")
-        if isinstance(output.args[0], fx.Node):
-            self.single = True
-            output.args = ((output.args[0],),)
-            self.graph_module.recompile()
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         key = tuple(arg.stride() if isinstance(arg, torch.Tensor) else arg for arg in args)
@@ -197,8 +257,8 @@ class _Compiled:
         if own is not None:
             self._compare(results, own)
         self._by_layout[key] = run
-        self.state.compiled += 1
-        self.state.seconds += time.perf_counter() - begun
+        self.times += 1
+        self.seconds += time.perf_counter() - begun
         return results
 
     def _copy(self) -> fx.GraphModule:

@@ -292,12 +292,16 @@ class Compile(_Settings):
         mode: of Inductor; `reduce-overhead` and `max-autotune` run each program as a CUDA graph where there is CUDA.
         options: of the backend; for Inductor those of `torch._inductor.config`.
         check: compare each compiled graph with itself uncompiled when it runs first.
+        blocks: compile blocks that do the same once, which takes a fraction of the time where there are many of them:
+            then it is the default (None). Otherwise each program is compiled as one graph, as CUDA graphs (`mode`)
+            always are.
     """
 
     backend: str = "inductor"
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     options: dict[str, Any] = pydantic.Field(default_factory=dict)
     check: bool = True
+    blocks: bool | None = None
 
     @pydantic.field_validator("backend")
     @classmethod
