@@ -5,13 +5,14 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 """
 
 from lightcache_fx import errors
+from lightcache_fx.backend import backend
 from lightcache_fx.loading import load
 from lightcache_fx.mapped import map_weights
 from lightcache_fx.module import decode_frames, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
 from lightcache_fx.pipeline_plan import PipelinePlan, Stage, plan_pipeline
 from lightcache_fx.plan import Plan
-from lightcache_fx.policy import Auto, Cache, Chunk, Decode, Layers, Policy, Region, Residual, Swap
+from lightcache_fx.policy import Auto, Cache, Chunk, Compile, Decode, Layers, Policy, Region, Residual, Swap
 from lightcache_fx.printer import diff, format_graph, print_diff
 from lightcache_fx.reports import PipelineReport, ProgramReport, Report, SignatureReport, inspect
 from lightcache_fx.runs import branch_name, marked_run, step_done
@@ -22,6 +23,7 @@ __all__ = [
     "Auto",
     "Cache",
     "Chunk",
+    "Compile",
     "Decode",
     "Layers",
     "PipelinePlan",
@@ -35,6 +37,7 @@ __all__ = [
     "SignatureReport",
     "Stage",
     "Swap",
+    "backend",
     "branch_name",
     "decode_frames",
     "diff",

@@ -8,14 +8,11 @@ the next.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
-
-from torch import fx
 
 from lightcache_fx.chunked import build_region
-from lightcache_fx.graphs import layout_of
 from lightcache_fx.in_place import Overwrite
 from lightcache_fx.regions import Region
+from lightcache_fx.repeats import calls_key
 
 
 class Bodies:
@@ -49,22 +46,9 @@ class Bodies:
 
 def region_key(region: Region) -> Hashable:
     """Equal for regions whose bodies are equal: the same calls on values laid out alike, cut alike."""
-    places: dict[fx.Node, Any] = {node: _Place(index) for index, node in enumerate((*region.inputs, *region.body))}
-
-    def call(node: fx.Node) -> Hashable:
-        arguments = fx.map_arg((node.args, node.kwargs), places.__getitem__)
-        needs = tuple((places[source].index, need) for source, need in region.needs[node].items())
-        return node.target, repr(arguments), region.axes[node], needs, layout_of(node)
-
-    inputs = tuple(map(layout_of, region.inputs))
-    return inputs, tuple(map(call, region.body)), tuple(places[node].index for node in region.outputs)
-
-
-class _Place:
-    """Stands for a node among arguments, where only its place in the region counts."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __repr__(self) -> str:
-        return f"<{self.index}>"
+    places, calls = calls_key(region.inputs, region.body)
+    needs = tuple(
+        (region.axes[node], tuple((places[source].index, need) for source, need in region.needs[node].items()))
+        for node in region.body
+    )
+    return calls, needs, tuple(places[node].index for node in region.outputs)

@@ -8,7 +8,7 @@ last, uneven) and not one a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,7 +18,7 @@ from torch import fx, nn
 from lightcache_fx.axes import Axis, Reach
 from lightcache_fx.axis_rules import build_local
 from lightcache_fx.axis_rules.registry import evaluate
-from lightcache_fx.direct_writes import direct_output, write_directly, written_by
+from lightcache_fx.direct_writes import direct_output, without_direct_writes, write_directly, written_by
 from lightcache_fx.graphs import GraphInput, num_bytes, outputs, placeholders
 from lightcache_fx.in_place import Overwrite, overwrites
 from lightcache_fx.liveness import Timeline, timeline
@@ -89,6 +89,8 @@ class ChunkedRegion(nn.Module):
         self.overwrites = overwrites
         self._timelines: dict[int, list[Timeline]] = {}
         self._direct = [written_by(body.graph) for body in bodies]
+        self._lowered = False
+        self._runs: list[Callable[..., Sequence[torch.Tensor]]] = list(bodies)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the region's outputs."""
@@ -114,7 +116,7 @@ class ChunkedRegion(nn.Module):
         arguments, direct = [_read(inputs[read.index], read) for read in chunk.reads], self._direct[chunk.body]
         if direct is not None:
             arguments.append(_read(results[direct], chunk.writes[direct]))
-        parts = self.bodies[chunk.body](*arguments)
+        parts = self._runs[chunk.body](*arguments)
         made = [(write, part) for write, part in zip(chunk.writes, parts, strict=True) if write.index != direct]
         fresh = [(write, part) for write, part in made if write.index not in delays]
         over = [(write, part) for write, part in made if delays.get(write.index) == 0]
@@ -134,8 +136,19 @@ class ChunkedRegion(nn.Module):
 
     def replace_body(self, index: int, body: fx.GraphModule) -> None:
         """Put another body of the same inputs and outputs in the place of one."""
-        self.bodies[index] = body
+        self.bodies[index] = self._runs[index] = body
         self._timelines.clear()
+
+    def lower(self, compiled: Callable[[fx.GraphModule], Callable[..., Sequence[torch.Tensor]]]) -> None:
+        """Run what `compiled` makes of each body, as one that returns all of its results, in its place; once for all.
+
+        Programs that differ only in what they copy share their regions.
+        """
+        if self._lowered:
+            return
+        self._lowered = True
+        self._runs = [compiled(without_direct_writes(self.body(index))) for index in range(len(self.bodies))]
+        self._direct = [None] * len(self.bodies)
 
     def write_directly(self, output: int, place: torch.Tensor) -> None:
         """Let every body that can write its part of an output straight into it, which is laid out as `place`."""

@@ -143,7 +143,7 @@ def module_cut(facts: GraphFacts, paths: Sequence[str], module: nn.Module) -> Cu
             raise CutError(
                 f"cut={path!r}: the module is never called in this forward, or returns no tensor; cut at its caller"
             )
-        alive = [found[mark] for mark in marked if mark in found]
+        alive = [node for mark, node in found.items() if mark in marked]
         if not alive:
             raise CutError(
                 f"cut={path!r}: nothing that the module returns reaches the output; cut at a module that does"

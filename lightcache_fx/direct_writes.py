@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from lightcache_fx.graphs import GraphInput, calls, outputs, placeholders
+from lightcache_fx.graphs import GraphInput, calls, copy_graph, outputs, placeholders
 from lightcache_fx.in_place import Overwrite, allocated_by
 from lightcache_fx.regions import Region
 
@@ -81,3 +81,17 @@ def written_by(graph: fx.Graph) -> int | None:
 def marked_as_written(graph: fx.Graph, index: int) -> None:
     """Say of a body that is read from a file that it writes output number `index` itself into its last argument."""
     placeholders(graph)[-1].meta[_WRITES] = index
+
+
+def without_direct_writes(body: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a body that returns what it would have written into its last argument.
+
+    For compilers: they would have to know that this argument shares its memory with another, and where in each chunk.
+    """
+    graph, _ = copy_graph(body.graph)
+    for into in [node for node in placeholders(graph) if _WRITES in node.meta]:
+        (made,) = into.users
+        made.target = next(target for target, written in _INTO.items() if written is made.target)
+        made.kwargs = {key: value for key, value in made.kwargs.items() if key != "out"}
+        graph.erase_node(into)
+    return fx.GraphModule(body, graph, class_name=type(body).__name__)

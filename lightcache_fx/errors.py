@@ -95,3 +95,7 @@ def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """`; did you mean 'a', 'b'?` for a misspelt `name`, or an empty string when nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
+class LoweringError(LightcacheError, RuntimeError):
+    """A compiler failed on a program, or made something else of it."""

@@ -224,7 +224,10 @@ class LoadedRuntime(Runtime):
             file, programs, plan, call.layout, call.num_tensors, types, lambda leaf: self.reader.rate_of(leaf.parameter)
         )
         names = [leaf.name for leaf in call.layout.leaves]
-        bound = {name: BoundProgram(program, self.module, held, names) for name, program in programs.items()}
+        bound = {
+            name: BoundProgram(program, self.module, held, names, settings=self.policy.compile)
+            for name, program in programs.items()
+        }
         known = self.compiled.get((call.layout, self._state.key))
         signature = known.signature if known is not None else Signature(call, without_memory(plan), self._state)
         if known is not None:

@@ -8,7 +8,7 @@ caller. While a capture is traced, forward hooks on the modules of interest pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,9 +41,24 @@ def _(tensor: torch.Tensor, tag: int) -> torch.Tensor:  # noqa: ARG001 - as abov
 MARK = torch.ops.lightcache.mark.default
 
 
+class MarksItself(nn.Module):
+    """A model that knows where its submodules' calls are."""
+
+    def marked(self, paths: Sequence[str]) -> AbstractContextManager[list[Mark]]:
+        """As `marked_modules`."""
+        raise NotImplementedError
+
+
 @contextmanager
 def marked_modules(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Mark]]:
-    """While active, tensors going into and out of the named submodules are marked; yields what each tag means."""
+    """While active, tensors going into and out of the named submodules are marked; yields what each tag means.
+
+    A model whose forward does not call its submodules marks them itself.
+    """
+    if isinstance(model, MarksItself):
+        with model.marked(paths) as own:
+            yield own
+        return
     marks: list[Mark] = []
     handles: list[Any] = []
     try:
@@ -79,6 +94,17 @@ def _hooks(path: str, marks: list[Mark]) -> tuple[Callable[..., Any], Callable[.
     return before, after
 
 
+def place_marks(graph: fx.Graph) -> None:
+    """Put each mark right behind what it marks, so that a graph does not depend on the order of marking."""
+    latest: dict[fx.Node, fx.Node] = {}
+    inputs = graph.find_nodes(op="placeholder")
+    for node in [node for node in graph.nodes if node.target is MARK]:
+        value = node.args[0]
+        anchor = latest.get(value) or (inputs[-1] if value.op == "placeholder" else value)
+        anchor.append(node)
+        latest[value] = node
+
+
 def marked_nodes(graph: fx.Graph, marks: Sequence[Mark]) -> dict[Mark, fx.Node]:
-    """The node of each mark that is still alive in the graph."""
+    """The node of each mark that is still alive in the graph, in the order in which the marked values are computed."""
     return {marks[int(node.args[1])]: node for node in graph.nodes if node.target is MARK}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,9 +35,30 @@ from lightcache_fx.runtime import Runtime, homes_of
 from lightcache_fx.saved_weights import SavedWeights
 from lightcache_fx.views import second_view
 
+log = logging.getLogger(__name__)
+
 M = TypeVar("M", bound=nn.Module)
 _UNTRANSFORMED = Policy()
 _AUTOENCODER_METHODS = ("decode", "encode")
+
+
+_COMPILED_OUTSIDE = (
+    "torch.compile around a transformed module compiles nothing, since its programs are graphs already; pass"
+    " Policy(compile=True) to transform, or use torch.compile(module, backend='lightcache') on the original"
+)
+
+
+def _untraced() -> Callable[..., Any]:
+    """Calls a function without Dynamo, for modules that are called from what `torch.compile` compiles; says so once."""
+    told: list[bool] = []
+
+    def run(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if not told:
+            log.warning(_COMPILED_OUTSIDE)
+            told.append(True)
+        return function(*args, **kwargs)
+
+    return torch.compiler.disable(run, reason=_COMPILED_OUTSIDE)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -62,9 +84,12 @@ class TransformedModule(nn.Module):
 
     __slots__ = ()
     _lightcache: Added
+    _untraced: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As every module's; it waits for a capture in another thread before the first hook runs."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._untraced(super().__call__, args, kwargs)
         with CAPTURE_LOCK.running():
             return super().__call__(*args, **kwargs)
 
@@ -174,6 +199,8 @@ def module_mixin(
     def by_programs(name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(cls, name))
         def method(self: TransformedModule, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                return self._untraced(partial(method, self), args, kwargs)
             added = self._lightcache
             decode = added.policy.decode
             if name == "decode" and decode is not None and decode.approximate:
@@ -183,7 +210,8 @@ def module_mixin(
         return method
 
     namespace = {name: by_programs(name) for name in methods}
-    return type(base.__name__, (base,), {"__slots__": (), **namespace})
+    untraced = staticmethod(_untraced())
+    return type(base.__name__, (base,), {"__slots__": (), "_untraced": untraced, **namespace})
 
 
 def restore_module(module: M) -> M:
@@ -205,9 +233,19 @@ def restore_module(module: M) -> M:
     return original  # type: ignore[no-any-return]
 
 
+def _behind_dynamo(module: nn.Module) -> list[Runtime]:
+    """What runs a module that was given to `torch.compile` with this package's backend; the latest first."""
+    from lightcache_fx.backend import graphs_of
+
+    graphs = graphs_of(getattr(module, "_orig_mod", module))
+    return [graph.runtime for graph in reversed(graphs) if graph.runtime is not None]
+
+
 def runtime_of(module: nn.Module, method: str | None = None) -> Runtime:
     """The runtime of a transformed module's method, by default of its main one."""
     _check_module("inspect", module)
+    if not isinstance(module, TransformedModule) and (found := _behind_dynamo(module)):
+        return found[0]
     if not isinstance(module, TransformedModule):
         raise TransformError(
             f"inspect: this {type(module).__name__} is not transformed; call lightcache_fx.transform on it"
@@ -254,9 +292,9 @@ def decode_frames(vae: nn.Module, *args: Any, **kwargs: Any) -> Iterator[torch.T
 
 def reset(module: nn.Module) -> None:
     """Forget the calling thread's run: slots and hoisted values are freed, and the next call begins a run."""
-    runtime_of(module)
-    assert isinstance(module, TransformedModule)
-    for runtime in module._lightcache.runtimes.values():
+    first = runtime_of(module)
+    runtimes = module._lightcache.runtimes.values() if isinstance(module, TransformedModule) else [first]
+    for runtime in runtimes:
         runtime.tracker.reset()
 
 

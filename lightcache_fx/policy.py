@@ -297,6 +297,44 @@ def _read(kind: type[S], value: object) -> object:
     return kind(**{str(key): item for key, item in value.items()}) if isinstance(value, Mapping) else value
 
 
+class Compile(_Settings):
+    """Compile each program by a backend of `torch.compile`; programs are static, so nothing is ever compiled anew.
+
+    Attributes:
+        backend: `inductor`, `eager`, `aot_eager`, or any other that is registered (`torch.compiler.list_backends()`).
+        mode: of Inductor; `reduce-overhead` and `max-autotune` run each program as a CUDA graph where there is CUDA.
+        options: of the backend; for Inductor those of `torch._inductor.config`.
+        check: compare each compiled graph with itself uncompiled when it runs first.
+        blocks: compile blocks that do the same once, which takes a fraction of the time where there are many of them:
+            then it is the default (None). Otherwise each program is compiled as one graph, as CUDA graphs (`mode`)
+            always are.
+    """
+
+    backend: str = "inductor"
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    options: dict[str, Any] = pydantic.Field(default_factory=dict)
+    check: bool = True
+    blocks: bool | None = None
+
+    @pydantic.field_validator("backend")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        import torch.compiler
+
+        known = torch.compiler.list_backends(exclude_tags=())
+        if value not in known:
+            raise ValueError(f"expected a backend of torch.compile, one of {', '.join(known)}, got {value!r}")
+        if value == "lightcache":
+            raise ValueError("expected the compiler behind lightcache, such as 'inductor', got 'lightcache' itself")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _modes_are_inductors(self) -> Self:
+        if self.backend != "inductor" and self.mode != "default":
+            raise ValueError(f"mode={self.mode!r} is one of Inductor's; backend {self.backend!r} has no modes")
+        return self
+
+
 class Policy(_Settings):
     """Everything the user asks of `transform`. `Policy()` is lossless: bitwise equal to the eager model.
 
@@ -313,6 +351,7 @@ class Policy(_Settings):
         calls_per_step: how many calls of the denoiser a step has, where guidance makes one for each of its branches
             instead of one for all; budgets count what each of them keeps. None learns it from the calls, and plans anew
             when it has.
+        compile: compile the programs, by Inductor or another backend.
         max_signatures: how many captures (sizes, guidance layouts, adapters) are held before the oldest is dropped.
     """
 
@@ -325,6 +364,7 @@ class Policy(_Settings):
     swap: Swap | None = None
     memory_budget: Bytes | None = None
     calls_per_step: Annotated[int, pydantic.Field(ge=1, le=64)] | None = None
+    compile: Compile | None = None
     max_signatures: Annotated[int, pydantic.Field(ge=1)] = 8
 
     @pydantic.field_validator("cache", mode="before")
@@ -336,6 +376,21 @@ class Policy(_Settings):
             keys = ", ".join(Cache.model_fields)
             raise ValueError(f"expected a Cache, or a mapping with the keys {keys}, got {value!r}")
         return value
+
+    @pydantic.field_validator("compile", mode="before")
+    @classmethod
+    def _read_compile(cls, value: object) -> object:
+        """`True` and a backend's name stand for a `Compile` with them."""
+        if value is None or isinstance(value, Compile | bool):
+            return (Compile() if value else None) if isinstance(value, bool) else value
+        if isinstance(value, str):
+            return Compile(backend=value)
+        if isinstance(value, Mapping):
+            return Compile(**{str(key): item for key, item in value.items()})
+        keys = ", ".join(Compile.model_fields)
+        raise ValueError(
+            f"expected a Compile, True, a backend's name, or a mapping with the keys {keys}, got {value!r}"
+        )
 
     @pydantic.field_validator("chunk", "decode", "swap", mode="before")
     @classmethod

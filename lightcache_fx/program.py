@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from lightcache_fx.capture import Capture
 from lightcache_fx.cuts import Slot
 from lightcache_fx.flops import total_flops
 from lightcache_fx.graphs import GraphInput, calls, copy_graph, input_of, num_bytes, outputs, placeholders
+from lightcache_fx.lowering import CompileState, lower
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.passes.base import Pass, run_passes
 from lightcache_fx.passes.insert_transfers import Transfers, insert_transfers
@@ -25,6 +26,7 @@ from lightcache_fx.passes.remove_marks import remove_marks
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan
+from lightcache_fx.policy import Compile
 from lightcache_fx.stores import SLOT, Copies, Stores, version_of
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, WAIT
 
@@ -258,6 +260,7 @@ class BoundProgram:
         constants: Mapping[str, torch.Tensor],
         user_names: Sequence[str],
         resident: frozenset[str] = frozenset(),
+        settings: Compile | None = None,
     ) -> None:
         self.program = program
         self._tables = weight_slots(module)
@@ -278,12 +281,19 @@ class BoundProgram:
         self._only_for_later = self._sent_away - again
         self.late_copies = 0
         self.runs = 0
-        self.compiled = "eager"
         self.slots_read = {i.name for i in program.inputs if i.kind == "slot" and i.name not in self._of_others} | {
             stay.name for stay in program.transfers.stays if stay.kind == "slot" and stay.branch is None
         }
-        self._run = program.graph_module.forward
+        self._run: Callable[..., Sequence[torch.Tensor]] = program.graph_module.forward
+        self.compile_state: CompileState | None = None
+        if settings is not None:
+            self._run, self.compile_state = lower(program.graph_module, settings, program.name)
         self.keep_resident(resident)
+
+    @property
+    def compiled(self) -> str:
+        """By what it is compiled, and how much of it has been: `eager`, or `inductor: 3 of 4 parts`."""
+        return "eager" if self.compile_state is None else str(self.compile_state)
 
     def keep_resident(self, names: frozenset[str]) -> None:
         """Let copies of these weights, and of no others, stay on the device as long as the model is there."""

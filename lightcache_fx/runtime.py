@@ -142,7 +142,9 @@ class ProgramRun(NamedTuple):
     kept_bytes: int
 
 
-class _PerThread(threading.local):
+class ThreadState(threading.local):
+    """The run under way in each thread."""
+
     def __init__(self) -> None:
         self.tracker = RunTracker()
         self.ran_last: Compiled | None = None
@@ -159,6 +161,7 @@ class Runtime:
         homes: where its weights are kept while they are away; shared by all that runs the module.
         ledger: who is on the device; shared by all models that must not be there at the same time.
         may_stay_eager: whether a module that cannot be captured runs as it is, its weights fetched as a whole.
+        local: the threads' runs; shared by all graphs of one model.
 
     Raises:
         ArgumentError: the policy's rates name a parameter that `forward` does not have.
@@ -175,6 +178,7 @@ class Runtime:
         homes: Homes | None = None,
         ledger: Ledger | None = None,
         may_stay_eager: bool = False,
+        local: ThreadState | None = None,
     ) -> None:
         register_distributions()
         self.module = module
@@ -190,7 +194,7 @@ class Runtime:
         self._uncaptured: str | None = None
         self._state = ModuleState.take(module, self.homes.device_of)
         self._lock = threading.Lock()
-        self._local = _PerThread()
+        self._local = local or ThreadState()
 
     def _paths_to_mark(self) -> list[str]:
         """The submodules that a capture must be able to find."""
@@ -358,7 +362,8 @@ class Runtime:
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
         bound = {
-            name: BoundProgram(program, self.module, captured.constants, names) for name, program in programs.items()
+            name: BoundProgram(program, self.module, captured.constants, names, settings=self.policy.compile)
+            for name, program in programs.items()
         }
         log_programs(plan, programs)
         made = Compiled(signature, plan, programs, bound)
@@ -480,7 +485,9 @@ class Runtime:
         log_programs(compiled.plan, {name: program})
         user_names = [leaf.name for leaf in captured.layout.leaves]
         compiled.programs[name] = program
-        compiled.bound[name] = BoundProgram(program, self.module, captured.constants, user_names)
+        compiled.bound[name] = BoundProgram(
+            program, self.module, captured.constants, user_names, settings=self.policy.compile
+        )
         compiled.last[index] = LastCall(before, plan, name)
         compiled.note_places()
         return compiled.last[index]

@@ -1,0 +1,348 @@
+"""Lowering: a program's graph handed to a compiler of PyTorch, piece by piece where something must stay as it is.
+
+A program is one static graph, so nothing has to be traced or guarded again: the backend gets the graph and the tensors
+of the first call. Regions that run chunk by chunk and copies to and from the device keep their place and order: what
+lies between them is compiled, and of a region its bodies are, once each, and looped over. Equal pieces (the blocks of a
+model) are compiled once, since Inductor keeps what it compiled by the graph's content.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx.passes.split_module import split_module
+
+from lightcache_fx.boxed import BoxedCodeGen
+from lightcache_fx.chunked import ChunkedRegion
+from lightcache_fx.errors import LoweringError
+from lightcache_fx.graphs import copy_graph, output_node
+from lightcache_fx.policy import Compile
+from lightcache_fx.repeats import graph_key, repeated_blocks, share_to_compile
+from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
+
+Run = Callable[..., Any]
+
+_COPIES = (PREFETCH, WAIT, OFFLOAD, RELEASE)
+_MAX_LAYOUTS = 4
+_PAYS = 0.3
+"""Of a graph's calls; pieces cost a start of the compiler each, and fusions across their borders."""
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2, torch.float32: 1e-4, torch.float64: 1e-9}
+"""How far a compiled graph's results may be from the graph's own, over the largest element: Inductor fuses, and keeps
+half-precision intermediates in float32, so it rounds elsewhere. What lies beyond is no rounding."""
+
+
+def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compile) -> Run:
+    """What a backend makes of a graph for arguments like these.
+
+    The backend is called as Dynamo would call it. Only CUDA graphs go through Dynamo, by which their static inputs are
+    told from others; what they return is overwritten by their next run, so it is copied.
+    """
+    from torch._dynamo import lookup_backend, mark_static_address  # a second to import
+    from torch._inductor import list_mode_options
+
+    options = dict(settings.options)
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if settings.mode in _WITH_CUDA_GRAPHS and any(tensor.is_cuda for tensor in tensors):
+        for tensor in tensors:
+            if isinstance(tensor, torch.nn.Parameter):
+                mark_static_address(tensor, guard=False)
+        made = torch.compile(graph_module, fullgraph=True, dynamic=False, mode=settings.mode, backend=settings.backend)
+
+        def run(*given: Any) -> list[Any]:
+            torch.compiler.cudagraph_mark_step_begin()
+            return list(map(_copied, made(*given)))
+
+        return run
+    if settings.backend == "inductor":
+        patches = {**list_mode_options(settings.mode), **options}
+        options = {"config_patches": patches} if patches else {}
+    function: Run = lookup_backend(settings.backend)(graph_module, list(args), **options)
+    return function
+
+
+@dataclass
+class CompileState:
+    """What has been compiled of a program.
+
+    Attributes:
+        backend: by what.
+        pieces: how many graphs the program calls: one, or those between regions and copies, the repeated blocks, and
+            the bodies of regions.
+        parts: the different ones among them; each is compiled once, for all programs that have it.
+    """
+
+    backend: str = "eager"
+    pieces: int = 0
+    parts: set[_Compiled] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        done = sum(part.times > 0 for part in self.parts)
+        return f"{self.backend}: {done} of {len(self.parts)} part{'s' if len(self.parts) != 1 else ''}"
+
+    @property
+    def compiled(self) -> int:
+        """How many times a part has been compiled; more than there are parts where tensors came in other layouts."""
+        return sum(part.times for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """That compiling the parts took, the first run of each included."""
+        return sum(part.seconds for part in self.parts)
+
+
+def lower(graph_module: fx.GraphModule, settings: Compile, name: str) -> tuple[Run, CompileState]:
+    """A function with the arguments and results of a program's `forward`.
+
+    Args:
+        graph_module: the program; it is left as it is, but for the bodies of its regions, which are compiled.
+        settings: by what compiler, and how.
+        name: of the program, for messages.
+    """
+    state = CompileState(settings.backend)
+    boxed = isinstance(graph_module.graph._codegen, BoxedCodeGen)  # noqa: SLF001 - there is no getter
+    return _lowered(graph_module, settings, name, state, boxed=boxed), state
+
+
+def _lowered(gm: fx.GraphModule, settings: Compile, name: str, state: CompileState, *, boxed: bool = False) -> Run:
+    for node in gm.graph.nodes:
+        region = node.meta.get("lightcache_region")
+        if isinstance(region, ChunkedRegion):
+            region.lower(partial(_lowered, settings=settings, name=f"{name}/{node.name}", state=state))
+    graph, _ = copy_graph(gm.graph)
+    copy = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    blocks = _blocks(graph, settings)
+    if not any(map(_stays, graph.nodes)) and not blocks and not boxed:
+        return _piece(copy, settings, name, state)
+    return _lowered_in_pieces(copy, settings, name, state, blocks, boxed=boxed)
+
+
+def _blocks(graph: fx.Graph, settings: Compile) -> dict[fx.Node, str]:
+    """The blocks to compile apart; by default where what is left to compile is so little that it pays."""
+    if settings.blocks is False or settings.mode in _WITH_CUDA_GRAPHS:
+        return {}
+    blocks = repeated_blocks(graph)
+    return blocks if settings.blocks is True or share_to_compile(graph, blocks) <= _PAYS else {}
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether a call is made as it is: a region, a module that could not be traced, a copy."""
+    return node.op == "call_module" or (node.op == "call_function" and node.target in _COPIES)
+
+
+def _lowered_in_pieces(
+    gm: fx.GraphModule,
+    settings: Compile,
+    name: str,
+    state: CompileState,
+    blocks: Mapping[fx.Node, str],
+    *,
+    boxed: bool,
+) -> Run:
+    """Split a graph around each call that stays as it is and each repeated block; what is between is compiled."""
+    part = 0
+    numbers: dict[Any, int] = {}
+    staying: set[int] = set()
+    block: str | None = None
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        source = node.args[0] if node.target is operator.getitem else None
+        if source in numbers and numbers[source] in staying:
+            numbers[node] = numbers[source]  # one of its results
+        elif _stays(node):
+            numbers[node] = part = part + 1
+            staying.add(part)
+            part += 1
+            block = None
+        else:
+            part += blocks.get(node) != block
+            block = blocks.get(node)
+            numbers[node] = part
+    whole = split_module(gm, gm, numbers.__getitem__, keep_original_order=True)
+    for child, module in list(whole.named_children()):
+        number = int(child.rpartition("_")[2]) if child.startswith("submod_") else None
+        if number is not None and number not in staying and isinstance(module, fx.GraphModule):
+            setattr(whole, child, _Called(_piece(module, settings, f"{name}/{number}", state)))
+    if boxed:
+        whole.graph.set_codegen(BoxedCodeGen())
+        whole.recompile()
+    run: Run = whole.forward
+    return run
+
+
+_SHARED: WeakValueDictionary[Hashable, _Compiled] = WeakValueDictionary()
+"""What is compiled, by settings and by what it computes: the blocks of a model, and its programs, share much."""
+
+
+def _piece(gm: fx.GraphModule, settings: Compile, name: str, state: CompileState) -> _Compiled:
+    """A graph to be compiled, or one that computes the same and is known already."""
+    state.pieces += 1
+    single = _return_a_tuple(gm)
+    structure = graph_key(gm.graph)
+    key = None if structure is None else (repr(settings), single, structure)
+    found = _SHARED.get(key) if key is not None else None
+    if found is None:
+        found = _Compiled(gm, settings, name, single)
+        if key is not None:
+            _SHARED[key] = found
+    state.parts.add(found)
+    return found
+
+
+def _return_a_tuple(gm: fx.GraphModule) -> bool:
+    """Compilers want a tuple of results; whether it was none."""
+    output = output_node(gm.graph)
+    if not isinstance(output.args[0], fx.Node):
+        return False
+    output.args = ((output.args[0],),)
+    gm.recompile()
+    return True
+
+
+class _Called(torch.nn.Module):
+    """A compiled piece in the place of the module that it was compiled from."""
+
+    def __init__(self, run: _Compiled) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: object) -> Any:
+        """Call it."""
+        results = self.run(*args)
+        return results[0] if self.run.single else results
+
+
+@dataclass(eq=False)
+class _Compiled:
+    """One graph, compiled at its first call, and again for tensors that are laid out otherwise.
+
+    Attributes:
+        single: whether what it was made of returns one value and no tuple of it.
+        times: how often it has been compiled.
+        seconds: that this took, the first runs included.
+    """
+
+    graph_module: fx.GraphModule
+    settings: Compile
+    name: str
+    single: bool
+    times: int = 0
+    seconds: float = 0.0
+    _by_layout: dict[tuple[object, ...], Run] = field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        key = tuple(arg.stride() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        run = self._by_layout.get(key)
+        results: Sequence[Any] = self._first(key, args) if run is None else run(*args)
+        return results
+
+    def _first(self, key: tuple[object, ...], args: tuple[Any, ...]) -> Sequence[Any]:
+        if len(self._by_layout) == _MAX_LAYOUTS:
+            del self._by_layout[next(iter(self._by_layout))]
+        begun = time.perf_counter()
+        own = _own_results(self.graph_module, args) if self.settings.check else None
+        try:
+            run = compiled(self._copy(), args, self.settings)
+            results: Sequence[Any] = run(*args)
+        except Exception as error:
+            raise LoweringError(
+                f"compile: backend {self.settings.backend!r} failed on program {self.name}: {type(error).__name__}:"
+                f" {_first_line(error)}; try Policy(compile=Compile(backend='aot_eager')) to see whether the compiler"
+                f" is at fault, or leave compile out"
+            ) from error
+        if own is not None:
+            self._compare(results, own)
+        self._by_layout[key] = run
+        self.times += 1
+        self.seconds += time.perf_counter() - begun
+        return results
+
+    def _copy(self) -> fx.GraphModule:
+        """Compilers rewrite the graph that they are given."""
+        graph, _ = copy_graph(self.graph_module.graph)
+        return fx.GraphModule(self.graph_module, graph)
+
+    def _compare(self, results: Sequence[Any], own: Sequence[tuple[Any, torch.Tensor | None]]) -> None:
+        for index, (result, (expected, defined)) in enumerate(zip(results, own, strict=True)):
+            if not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
+                continue
+            bound = _TOLERANCE.get(expected.dtype, 0.1)
+            off = _distance(result, expected) if defined is None else _distance(result[defined], expected[defined])
+            if not off <= bound:
+                raise LoweringError(
+                    f"compile: backend {self.settings.backend!r} computes something else than program {self.name} does:"
+                    f" result {index} is {off:.1e} of its largest element off, where rounding accounts for {bound:.0e}"
+                    f" at most; use another backend, or leave compile out"
+                )
+
+
+_UNDEFINED = frozenset(
+    {
+        torch.ops.aten.empty,
+        torch.ops.aten.empty_like,
+        torch.ops.aten.empty_strided,
+        torch.ops.aten.empty_permuted,
+        torch.ops.aten.new_empty,
+        torch.ops.aten.new_empty_strided,
+    }
+)
+
+
+class _Filled(fx.Interpreter):
+    """Runs a graph with a value of one's own where it leaves memory as it is found."""
+
+    def __init__(self, graph_module: fx.GraphModule, value: int) -> None:
+        super().__init__(graph_module)
+        self._value = value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_function(target, args, kwargs)
+        return result.fill_(self._value) if _leaves_undefined(target) else result
+
+
+def _leaves_undefined(target: object) -> bool:
+    return isinstance(target, OpOverload) and target.overloadpacket in _UNDEFINED
+
+
+def _own_results(graph_module: fx.GraphModule, args: Sequence[Any]) -> list[tuple[Any, torch.Tensor | None]]:
+    """What a graph computes itself, and which elements of each result are defined by it; None: all of them.
+
+    A piece may end between the allocation of a tensor and the last write to it (rotary embeddings fill two halves).
+    """
+    if not any(_leaves_undefined(node.target) for node in graph_module.graph.nodes):
+        return [(_copied(value), None) for value in graph_module(*args)]
+    one, other = (list(map(_copied, _Filled(graph_module, value).run(*args))) for value in (0, 1))
+    return [(a, _same(a, b) if isinstance(a, torch.Tensor) else None) for a, b in zip(one, other, strict=True)]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return (one == other) | (one.isnan() & other.isnan())
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference over the largest element; infinities and NaN must be in the same places."""
+    both = torch.isfinite(expected)
+    if not torch.equal(both, torch.isfinite(found)):
+        return float("inf")
+    one, other = found[both].double(), expected[both].double()
+    largest = float(other.abs().max()) if other.numel() else 0.0
+    return float((one - other).abs().max()) / largest if largest else float(one.abs().max() if one.numel() else 0.0)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no message"

@@ -1,0 +1,392 @@
+"""`torch.compile` with this package's backend: the programs that `transform` makes, behind Dynamo's guards."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import lightcache_fx as lc
+from lightcache_fx.backend import graphs_of, lightcache
+from lightcache_fx.errors import ArgumentError, CaptureError, CutError, PolicyError, TransformError
+from lightcache_fx.program import Program
+from oracle import assert_bitwise, plain_step
+from toys import Denoiser, Tower, latent, prompt
+from zoo import ZOO, run_inputs
+
+TIMES = [981, 884, 787, 690, 593, 496, 399]
+EAGER = lc.Compile(backend="eager")
+CACHED = lc.Policy(cache=lc.Cache(cut=0, interval=3), compile=EAGER)
+FAST = ["flux", "wan", "cogvideox", "pixart", "hunyuanvideo"]
+SLOW = ["sd", "svd", "modelscope", "animatediff"]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def behind(module: Any, policy: lc.Policy = CACHED, **settings: Any) -> Any:
+    return torch.compile(module, backend=lc.backend(policy), **settings)
+
+
+def steps(module: nn.Module, times: list[int] = TIMES, kind: Callable[[int], Any] = torch.tensor) -> list[torch.Tensor]:
+    given = (
+        {"sample": latent(i), "timestep": kind(t), "encoder_hidden_states": prompt(0)} for i, t in enumerate(times)
+    )
+    return [plain_step(module, **inputs)[0] for inputs in given]
+
+
+def renumbered(program: Program) -> str:
+    """A program's text, its values numbered in order: Dynamo leaves out calls that nothing uses, tracing later."""
+    names: dict[str, str] = {}
+    text = lc.format_graph(program.graph_module)
+    return re.sub(r"%\w+", lambda m: names.setdefault(m[0], f"%{len(names)}"), text)
+
+
+# The same programs as by transform --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_the_same_programs(name: str) -> None:
+    model, make_inputs = ZOO[name].build()
+    policy = lc.Policy(cache=lc.Cache(cut="auto", interval=3), compile=EAGER)
+    one, other = lc.transform(model, policy), behind(model, policy, fullgraph=True)
+    for _, inputs in zip(range(5), run_inputs(make_inputs, 0, 5), strict=True):
+        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
+    reports = lc.inspect(one), lc.inspect(other)
+    assert reports[0].counts == reports[1].counts == {"prologue": 1, "full": 2, "reuse": 3}
+    texts = [{name: renumbered(program) for name, program in report.programs.items()} for report in reports]
+    assert texts[0] == texts[1]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("cut", [0, "middle", ["middle.layer"], lc.Residual(first="middle", last="middle")])
+def test_cuts(cut: Any) -> None:
+    policy = lc.Policy(cache=lc.Cache(cut=cut, interval=3), compile=EAGER)
+    model = Denoiser()
+    one, other = lc.transform(model, policy), behind(model, policy)
+    assert_bitwise(steps(other), steps(one))
+    assert [renumbered(p) for p in lc.inspect(one).programs.values()] == [
+        renumbered(p) for p in lc.inspect(other).programs.values()
+    ]
+    assert lc.inspect(one).counts == lc.inspect(other).counts
+
+
+class Streams(nn.Module):
+    """Two streams through blocks that return them in the order opposite to that of computing them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.eval()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        other = sample * torch.cos(timestep)
+        for block in self.blocks:
+            sample, other = block(sample, other=other)
+        return sample + other
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, sample: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = torch.tanh(self.one(other))
+        return sample + self.two(first), other + first
+
+
+@pytest.mark.parametrize("cut", ["blocks.1", lc.Residual(first="blocks.0", last="blocks.2"), "auto"])
+def test_several_streams(cut: Any) -> None:
+    torch.manual_seed(0)
+    model = Streams()
+    policy = lc.Policy(cache=lc.Cache(cut=cut, interval=2), compile=EAGER)
+    one, other = lc.transform(model, policy), behind(model, policy)
+    for index, time in enumerate(TIMES):
+        inputs = {"sample": latent(index), "timestep": torch.tensor(time)}
+        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
+    assert [renumbered(p) for p in lc.inspect(one).programs.values()] == [
+        renumbered(p) for p in lc.inspect(other).programs.values()
+    ]
+
+
+class Halves(nn.Module):
+    """Its block returns the parts of a split, taken apart by the caller; nested and repeated calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Split()
+        self.eval()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        left, right = self.inner(sample)
+        left, right = self.inner(torch.cat([right, left], dim=-1) * timestep)
+        return left - right
+
+
+class Split(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.layer(sample).tanh().chunk(2, dim=-1)
+
+
+@pytest.mark.parametrize("cut", ["inner", "inner.layer"])
+def test_parts_and_repeated_calls(cut: str) -> None:
+    torch.manual_seed(0)
+    model = Halves()
+    policy = lc.Policy(cache=lc.Cache(cut=cut, interval=2), compile=EAGER)
+    one, other = lc.transform(model, policy), behind(model, policy)
+    for index, time in enumerate(TIMES):
+        inputs = {"sample": latent(index), "timestep": torch.tensor(float(time))}
+        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
+    slots = [[s.num_bytes for s in lc.inspect(module).plan.cut.slots] for module in (one, other)]
+    assert slots[0] == slots[1]
+
+
+def test_the_registered_name_and_options() -> None:
+    assert "lightcache" in torch.compiler.list_backends()
+    model = Denoiser()
+    options = {"cache": {"cut": 0, "interval": 3}, "compile": "aot_eager"}
+    by_name = torch.compile(model, backend="lightcache", options=options)
+    assert_bitwise(steps(by_name), steps(lc.transform(model, CACHED)))
+    torch._dynamo.reset()
+    by_policy = torch.compile(model, backend="lightcache", options={"policy": CACHED})
+    assert_bitwise(steps(by_policy), steps(lc.transform(model, CACHED)))
+
+
+def test_inductor_is_the_compiler_behind_it_by_default() -> None:
+    model = Denoiser()
+    compiled = torch.compile(model, backend="lightcache")
+    for found, wanted in zip(steps(compiled, TIMES[:2]), steps(model, TIMES[:2]), strict=True):
+        assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert lc.inspect(compiled).programs["full"].flops > 0
+    runtime = graphs_of(model)[-1].runtime
+    assert runtime is not None
+    assert runtime.policy.compile == lc.Compile()
+
+
+# Runs and their state ---------------------------------------------------------------------------------------------
+
+
+def test_runs_branches_and_interruptions() -> None:
+    model = Denoiser()
+    one, other = lc.transform(model, CACHED), behind(model)
+
+    def guided(module: nn.Module, stop: int | None = None) -> list[torch.Tensor]:
+        found = []
+        with lc.marked_run(len(TIMES)):
+            for index, time in enumerate(TIMES):
+                if index == stop:
+                    raise KeyboardInterrupt
+                for text in (0, 1):
+                    given = {"sample": latent(index), "timestep": torch.tensor(time)}
+                    found += plain_step(module, **given, encoder_hidden_states=prompt(text))
+                lc.step_done()
+        return found
+
+    for _ in range(2):
+        assert_bitwise(guided(other), guided(one))
+    for module in (one, other):
+        with pytest.raises(KeyboardInterrupt):
+            guided(module, stop=4)
+    assert_bitwise(guided(other), guided(one))
+    assert lc.inspect(other).counts == lc.inspect(one).counts
+
+
+def test_no_recompilation_in_a_run_with_everything_on() -> None:
+    model = Tower()
+    policy = lc.Policy(
+        cache=lc.Cache(cut=0, interval=3), swap=lc.Swap(budget="60%"), chunk=lc.Chunk(budget="90%"), compile="aot_eager"
+    )
+    plain, compiled = lc.transform(model, policy.model_copy(update={"compile": None})), behind(model, policy)
+    times = list(range(975, -25, -40))
+    expected = steps(plain, times)
+    first = steps(compiled, times[:3])
+    lc.reset(compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = steps(compiled, times)
+    assert_bitwise(found, expected)
+    assert_bitwise(first, expected[:3])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert lc.inspect(compiled).programs["full"].transfers.moves
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 2, 1)
+        self.eval()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(sample)
+        return self.last(torch.cat([self.middle(torch.sin(hidden * timestep)), hidden], dim=1))
+
+
+def test_other_sizes() -> None:
+    torch.manual_seed(0)
+    model = Conv()
+    one, other = lc.transform(model, CACHED), behind(model)
+    for size in (8, 12, 20, 8):
+        for index, time in enumerate(TIMES[:4]):
+            sample = torch.randn(1, 2, size, size + 4, generator=torch.Generator().manual_seed(index))
+            inputs = {"sample": sample, "timestep": torch.tensor(float(time))}
+            assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs), f"size {size}, step {index}")
+    assert counters["stats"]["unique_graphs"] == 2  # one for the first size, and Dynamo's dynamic one
+    assert lc.inspect(other).kept_bytes == lc.inspect(one).kept_bytes > 0  # of the last run alone
+
+
+def test_timesteps_as_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = Halves()
+    policy = lc.Policy(cache=lc.Cache(cut="inner", interval=3), compile=EAGER)
+    one, other = lc.transform(model, policy), behind(model, policy)
+    times = [0.5, 0.4, 0.3, 0.2, 0.1]
+    with caplog.at_level(logging.WARNING, "lightcache_fx"):
+        first = plain_step(other, sample=latent(0), timestep=1.5)  # a graph for this very number
+    assert_bitwise(first, plain_step(model, sample=latent(0), timestep=1.5))
+    assert "takes no timestep" in caplog.text
+    for index, time in enumerate(times):
+        inputs = {"sample": latent(index), "timestep": time}
+        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
+    assert lc.inspect(other).counts == lc.inspect(one).counts == {"full": 2, "reuse": 3}
+
+
+def test_a_broken_graph_runs_without_a_cache(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Denoiser):
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, scale: float = 1.0) -> Any:
+            hidden = sample * 2
+            torch._dynamo.graph_break()
+            return super().forward(hidden, timestep, encoder_hidden_states, scale)
+
+    model = Broken()
+    with caplog.at_level(logging.WARNING, "lightcache_fx"):
+        assert_bitwise(steps(behind(model)), steps(model))
+    assert "broke Broken into several graphs" in caplog.text
+
+
+# What changes after it was compiled -------------------------------------------------------------------------------
+
+
+def test_other_weights() -> None:
+    model = Denoiser()
+    compiled = behind(model, lc.Policy(compile=EAGER))
+
+    def check() -> None:
+        assert_bitwise(steps(compiled), steps(model))
+
+    check()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # as a fused adapter does
+    check()
+    for name, parameter in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, nn.Parameter(parameter.detach() * 0.5, requires_grad=False))
+    check()
+    model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()})
+    check()
+    model.middle.layer = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).requires_grad_(False).eval()
+    check()
+    model.double()
+    with torch.no_grad():
+        given = latent(0).double(), torch.tensor(5), prompt(0).double()
+        assert torch.equal(compiled(*given), model(*given))
+
+
+def test_graphs_go_with_the_model() -> None:
+    model = Denoiser()
+    compiled = behind(model)
+    steps(compiled, TIMES[:2])
+    graph = weakref.ref(graphs_of(model)[-1])
+    weight = weakref.ref(model.outer.weight)
+    del compiled, model
+    torch._dynamo.reset()
+    gc.collect()
+    assert graph() is None
+    assert weight() is None
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ArgumentError, match=r"backend: policy must be a lightcache_fx.Policy, got dict"):
+        lc.backend({"cache": None})  # type: ignore[arg-type]
+    model = Denoiser()
+    for options, message in (
+        ({"cachee": {}}, "unknown key 'cachee'; did you mean 'cache'"),
+        ({"policy": {}}, "'policy' must be a lightcache_fx.Policy and stand alone, got dict"),
+        ({"policy": CACHED, "cache": None}, "stand alone, got Policy beside 'cache'"),
+        ({"cache": {"cut": "midle", "interval": 2}}, "cut='midle': Denoiser has no such module; did you mean 'middle'"),
+        ({"compile": "lightcache"}, "got 'lightcache' itself"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises((PolicyError, CutError), match=re.escape(message)):
+            steps(torch.compile(model, backend="lightcache", options=options), TIMES[:1])
+    torch._dynamo.reset()
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    compiled = lightcache(graph, [torch.ones(1)], mode="reduce-overhead", options={"compile": "eager"})
+    with pytest.raises(PolicyError, match="the options say how to compile already"):
+        compiled(torch.ones(1))
+
+
+def test_gradients_and_training() -> None:
+    model = Denoiser()
+    compiled = behind(model)
+    with pytest.raises(TransformError, match="argument sample requires a gradient"):
+        compiled(latent(0).requires_grad_(), torch.tensor(5), prompt(0))
+    model.train()
+    with pytest.raises(CaptureError, match="Denoiser is in training mode"):
+        compiled(latent(0), torch.tensor(5), prompt(0))
+
+
+class WritesToItsArgument(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = InPlace()
+        self.eval()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.block(sample * timestep) + 1
+
+
+class InPlace(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden.view(-1).mul_(3)
+        return hidden
+
+
+def test_a_cut_that_dynamos_graph_does_not_show() -> None:
+    policy = lc.Policy(cache=lc.Cache(cut="block", interval=2), compile=EAGER)
+    compiled = behind(WritesToItsArgument(), policy)
+    with pytest.raises(CaptureError, match="writes in place to what it is given"), torch.no_grad():
+        compiled(latent(0), torch.tensor(2.0))
+
+
+def test_compiled_around_a_transformed_module(caplog: pytest.LogCaptureFixture) -> None:
+    module = lc.transform(Denoiser(), CACHED)
+    expected = steps(module)
+    lc.reset(module)
+    with caplog.at_level(logging.WARNING, "lightcache_fx"):
+        assert_bitwise(steps(torch.compile(module, backend="eager")), expected)
+    assert caplog.text.count("torch.compile around a transformed module compiles nothing") == 1
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="programs are graphs already"):
+        steps(torch.compile(module, backend="eager", fullgraph=True))

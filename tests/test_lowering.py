@@ -1,0 +1,321 @@
+"""Programs handed to a compiler: equal results, each piece compiled once, and whatever cannot be right is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._dynamo.backends.registry import _BACKENDS, _COMPILER_FNS, register_backend
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import lightcache_fx as lc
+from lightcache_fx.errors import LoweringError, PolicyError
+from lightcache_fx.lowering import CompileState, lower
+from oracle import assert_bitwise, plain_step
+from toys import Denoiser, latent, prompt
+from zoo import ZOO, run_inputs
+
+TIMES = [981, 884, 787, 690, 593, 496, 399]
+BY_EAGER = ["sd", "svd", "animatediff", "modelscope", "flux", "wan", "cogvideox", "hunyuanvideo", "pixart"]
+
+
+def states(module: nn.Module) -> dict[str, CompileState]:
+    found = {name: bound.compile_state for name, bound in module._lightcache.runtime.latest().bound.items()}
+    return {name: state for name, state in found.items() if state is not None}
+
+
+def steps(module: nn.Module, times: list[int] = TIMES) -> list[torch.Tensor]:
+    inputs = ({"sample": latent(i), "timestep": t, "encoder_hidden_states": prompt(0)} for i, t in enumerate(times))
+    return [plain_step(module, **given)[0] for given in inputs]
+
+
+@pytest.fixture
+def backend() -> Iterator[Callable[[Callable[..., Any]], str]]:
+    """Registers a function as a backend for the time of the test."""
+    names: list[str] = []
+
+    def register(function: Callable[..., Any]) -> str:
+        names.append(f"test_backend_{len(names)}")
+        register_backend(function, name=names[-1])
+        return names[-1]
+
+    yield register
+    for name in names:
+        _BACKENDS.pop(name, None)
+        _COMPILER_FNS.pop(name, None)
+
+
+# Equal results ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BY_EAGER)
+@pytest.mark.parametrize("memory", [{}, {"chunk": lc.Chunk(budget="95%")}], ids=["plain", "chunks"])
+def test_bitwise_by_aot_eager(name: str, memory: dict[str, Any]) -> None:
+    model, make_inputs = ZOO[name].build()
+    cache = lc.Cache(cut="auto", interval=3)
+    policy = lc.Policy(cache=cache, hoist=not memory, **memory)
+    one = lc.transform(model, policy)
+    other = lc.transform(model, policy.model_copy(update={"compile": lc.Compile(backend="aot_eager")}))
+    for _, inputs in zip(range(5), run_inputs(make_inputs, 0, 5), strict=True):
+        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
+    assert lc.inspect(other).counts == lc.inspect(one).counts
+    compiled = {name: (state.compiled, len(state.parts)) for name, state in states(other).items()}
+    assert all(times <= parts for times, parts in compiled.values()), compiled  # fewer: a step that did not occur
+
+
+def test_inductor_is_within_its_rounding() -> None:
+    model = Denoiser()
+    policy = lc.Policy.deepcache(3, 0)
+    expected = steps(lc.transform(model, policy))
+    compiled = lc.transform(model, policy.model_copy(update={"compile": lc.Compile()}))
+    for found, wanted in zip(steps(compiled), expected, strict=True):
+        assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert {name: (state.pieces, state.compiled) for name, state in states(compiled).items()} == {
+        "prologue": (1, 1), "full": (1, 1), "reuse": (1, 1),
+    }  # fmt: skip
+    again = states(compiled)["full"].seconds
+    steps(compiled)
+    assert states(compiled)["full"].seconds == again > 0
+
+
+class Wide(nn.Module):
+    """Four equal blocks with a peak in each that only chunks bring down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(8, 256), nn.Linear(256, 8)]) for _ in range(4))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        for up, down in self.blocks:  # type: ignore[misc]
+            sample = sample + down(F.gelu(up(sample)))
+        return sample * timestep
+
+
+def wide(**settings: Any) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = Wide().eval()
+    return model, lc.transform(model, lc.Policy(chunk=lc.Chunk(budget="30%"), **settings))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_a_region_is_looped_and_each_body_compiled_once(compiler: str) -> None:
+    _, chunked = wide()
+    _, compiled = wide(compile=compiler)
+    sample = torch.randn(2, 120, 8)
+    with torch.no_grad():
+        expected, found = (module(sample, torch.tensor(2.0)) for module in (chunked, compiled))
+        again = compiled(sample, torch.tensor(2.0))
+    assert torch.equal(found, again)
+    assert float((found - expected).abs().max()) <= (1e-5 if compiler == "inductor" else 0) * float(
+        expected.abs().max()
+    )
+    regions = [node.meta["lightcache_region"] for node in lc.inspect(compiled).programs["full"].graph_module.graph.nodes
+               if "lightcache_region" in node.meta]  # fmt: skip
+    bodies, chunks = sum(len(region.bodies) for region in regions), sum(len(region.chunks) for region in regions)
+    state = states(compiled)["full"]
+    assert 0 < bodies < chunks
+    assert state.pieces == bodies + 1  # and what comes behind the last region
+    assert state.compiled == len(state.parts) <= state.pieces
+
+
+def half_filled(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a piece that ends before the last write to a tensor: rotary embeddings fill one half and then the other."""
+    made = torch.empty_like(sample)
+    made[..., ::2] = sample[..., ::2] + 1
+    return made, sample * 2
+
+
+@pytest.mark.parametrize(("factor", "is_refused"), [(1.0, False), (1.01, True)])
+def test_only_what_a_piece_defines_is_compared(
+    factor: float, is_refused: bool, backend: Callable[[Callable[..., Any]], str]
+) -> None:
+    graph_module = make_fx(functionalize(half_filled))(torch.ones(4, 6))
+    filled = itertools.count(5)
+
+    class Otherwise(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            result = super().call_function(target, args, kwargs)
+            return result.fill_(next(filled)) if target is torch.ops.aten.empty_like.default else result
+
+    def run(given: fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        return lambda *args: [result * factor for result in Otherwise(given).run(*args)]
+
+    lowered, _ = lower(graph_module, lc.Compile(backend=backend(run)), "full")
+    if is_refused:
+        with pytest.raises(LoweringError, match="result 0 is"):
+            lowered(torch.ones(4, 6))
+    else:
+        assert lowered(torch.ones(4, 6))[0][0, :2].tolist() == [2.0, 5.0]
+
+
+class Stack(nn.Module):
+    """Equal blocks between a first and a last layer; every other one is narrower where `mixed`."""
+
+    def __init__(self, num_blocks: int, *, mixed: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(Feed(12 if mixed and index % 2 else 16) for index in range(num_blocks))
+        self.last = nn.Linear(8, 4)
+        self.eval().requires_grad_(False)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(sample) * timestep
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.last(hidden)
+
+
+class Feed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        up = F.gelu(self.up(self.norm(hidden)))
+        return hidden + torch.tanh(self.down(up * torch.sigmoid(up) + 1)) * 2 - hidden.sin().cos()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("mixed", "different"), [(False, 1), (True, 2)])
+def test_equal_blocks_are_compiled_once(compiler: str, mixed: bool, different: int) -> None:
+    torch.manual_seed(0)
+    model = Stack(12, mixed=mixed)
+    by_block = lc.transform(model, lc.Policy(compile=compiler))
+    whole = lc.transform(model, lc.Policy(compile=lc.Compile(backend=compiler, blocks=False)))
+    for index, time in enumerate(TIMES[:3]):
+        given = {"sample": latent(index), "timestep": torch.tensor(time / 1000)}
+        (expected,) = plain_step(model, **given)
+        for module in (by_block, whole):
+            (found,) = plain_step(module, **given)
+            assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    of_blocks, of_whole = states(by_block)["full"], states(whole)["full"]
+    assert (of_blocks.pieces, len(of_blocks.parts)) == (12 + 2, different + 2)
+    assert of_blocks.compiled == different + 2
+    assert (of_whole.pieces, of_whole.compiled) == (1, 1)
+
+
+def test_few_blocks_stay_in_one_graph() -> None:
+    model = Stack(2)
+    given = {"sample": latent(0), "timestep": torch.tensor(0.5)}
+    for blocks, pieces in ((None, 1), (True, 4)):
+        module = lc.transform(model, lc.Policy(compile=lc.Compile(backend="aot_eager", blocks=blocks)))
+        assert_bitwise(plain_step(module, **given), plain_step(model, **given))
+        assert states(module)["full"].pieces == pieces
+
+
+# What changes after it was compiled -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_other_layouts_and_weights(compiler: str) -> None:
+    model = Denoiser()
+    compiled = lc.transform(model, lc.Policy(compile=compiler))
+
+    def check() -> None:
+        with torch.no_grad():
+            for sample in (latent(0), latent(1).transpose(-1, -2).contiguous().transpose(-1, -2)):
+                found, wanted = (m(sample, torch.tensor(5), prompt(0)) for m in (compiled, model))
+                assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+    check()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # as a fused adapter does
+    check()
+    for name, parameter in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, nn.Parameter(parameter.detach() * 0.5))
+    check()
+    model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()})
+    check()
+
+
+def test_a_module_of_another_precision_is_compiled_anew() -> None:
+    model = Denoiser()
+    compiled = lc.transform(model, lc.Policy(compile="aot_eager"))
+    with torch.no_grad():
+        compiled(latent(0), torch.tensor(5), prompt(0))
+        model.double()
+        given = latent(0).double(), torch.tensor(5), prompt(0).double()
+        assert torch.equal(compiled(*given), model(*given))
+
+
+def test_layouts_are_bounded() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1)).eval()
+    compiled = lc.transform(model, lc.Policy(compile="eager"))
+    base = torch.randn(2, 2, 3, 5)
+    with torch.no_grad():
+        for order in itertools.permutations(range(4)):
+            sample = base.permute(order).contiguous().permute([order.index(d) for d in range(4)])
+            assert torch.allclose(compiled(sample), model(sample))
+    for found in compiled._lightcache.runtime.compiled.values():
+        assert len(found.bound["full"]._run._by_layout) <= 4
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_computes_something_else(backend: Callable[[Callable[..., Any]], str]) -> None:
+    def wrong(graph_module: fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        return lambda *args: [result * 1.01 for result in graph_module(*args)]
+
+    compiled = lc.transform(Denoiser(), lc.Policy(hoist=False, compile=backend(wrong)))
+    with pytest.raises(LoweringError, match=r"computes something else than program full does: result 0 is 1\.0e-02"):
+        steps(compiled, TIMES[:1])
+    unchecked = lc.Compile(backend=backend(wrong), check=False)
+    assert steps(lc.transform(Denoiser(), lc.Policy(compile=unchecked)), TIMES[:1])
+
+
+def test_a_backend_that_makes_nan(backend: Callable[[Callable[..., Any]], str]) -> None:
+    def nan(graph_module: fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        return lambda *args: [result * float("nan") for result in graph_module(*args)]
+
+    compiled = lc.transform(Denoiser(), lc.Policy(compile=backend(nan)))
+    with pytest.raises(LoweringError, match="inf of its largest element off"):
+        steps(compiled, TIMES[:1])
+
+
+def test_a_backend_that_fails(backend: Callable[[Callable[..., Any]], str]) -> None:
+    fails = [True]
+
+    def failing(graph_module: fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        if fails.pop():
+            raise NotImplementedError("no such\noperator")
+        fails.append(False)
+        return graph_module.forward
+
+    model = Denoiser()
+    compiled = lc.transform(model, lc.Policy(hoist=False, compile=(name := backend(failing))))
+    with pytest.raises(LoweringError, match=f"backend '{name}' failed on program full: NotImplementedError: no such;"):
+        steps(compiled, TIMES[:1])
+    fails.append(False)
+    assert_bitwise(steps(compiled, TIMES[:1]), steps(model, TIMES[:1]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("inductr", "expected a backend of torch.compile, one of .*inductor.*, got 'inductr'"),
+        (3, "expected a Compile, True, a backend's name, or a mapping with the keys backend, mode, options, check"),
+        ({"backend": "eager", "mode": "reduce-overhead"}, "mode='reduce-overhead' is one of Inductor's"),
+        ({"mode": "fast"}, "mode"),
+        ({"bakend": "eager"}, "bakend"),
+    ],
+)
+def test_settings_that_cannot_be(given: object, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        lc.Policy(compile=given)
+
+
+def test_settings_read_and_written(tmp_path: Any) -> None:
+    assert lc.Policy(compile=True).compile == lc.Compile()
+    assert lc.Policy(compile=False).compile is None
+    policy = lc.Policy(compile=lc.Compile(backend="aot_eager", check=False))
+    policy.to_yaml(tmp_path / "policy.yaml")
+    assert lc.Policy.from_yaml(tmp_path / "policy.yaml") == policy
