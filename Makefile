@@ -77,6 +77,9 @@ bench-gpu: $(STAMP) ## Measure on a GPU (CUDA) all that there is to measure; CPU
 	@$(BIN)/python -m benchmarks.denoise --device cuda --dtype float16 --full-size $(ARGS)
 	@$(BIN)/python -m benchmarks.memory --device cuda --dtype float16 --full-size
 	@$(BIN)/python -m benchmarks.swap_gpu
+	@$(BIN)/python -m benchmarks.compile --device cuda --dtype float16 --full-size --parts loops --out benchmarks/results/compile-cuda.json
+	@$(BIN)/python -m benchmarks.compile --device cuda --dtype float16 --full-size --parts loops --mode reduce-overhead \
+	    --out benchmarks/results/compile-cuda-graphs.json
 	@$(BIN)/python -m benchmarks.plans --out benchmarks/results/plans-cuda.json
 
 train: $(STAMP) ## Train the small video model (resumes from its checkpoints; STAGES='unet export')

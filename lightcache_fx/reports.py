@@ -218,8 +218,8 @@ def inspect(transformed: Any, method: str | None = None) -> Report | PipelineRep
     in about a second for the largest models.
 
     Args:
-        transformed: a module that `transform` or `load` returned, or `torch.compile` with the backend of this package (its
-            latest graph), or a pipeline that `transform_pipeline` did.
+        transformed: a module that `transform` or `load` returned, or `torch.compile` with this package's backend: its
+            latest graph; or a pipeline that `transform_pipeline` returned.
         method: of a module: `forward`, or `decode` or `encode` of an autoencoder; by default forward or decode.
 
     Returns:

@@ -22,7 +22,8 @@ from toys import Denoiser, latent, prompt
 from zoo import ZOO, run_inputs
 
 TIMES = [981, 884, 787, 690, 593, 496, 399]
-BY_EAGER = ["sd", "svd", "animatediff", "modelscope", "flux", "wan", "cogvideox", "hunyuanvideo", "pixart"]
+UNETS = ["sd", "svd", "animatediff", "modelscope"]
+DITS = ["flux", "wan", "cogvideox", "hunyuanvideo", "pixart"]
 
 
 def states(module: nn.Module) -> dict[str, CompileState]:
@@ -54,8 +55,12 @@ def backend() -> Iterator[Callable[[Callable[..., Any]], str]]:
 # Equal results ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BY_EAGER)
-@pytest.mark.parametrize("memory", [{}, {"chunk": lc.Chunk(budget="95%")}], ids=["plain", "chunks"])
+@pytest.mark.parametrize("name", [*DITS, *(pytest.param(name, marks=pytest.mark.slow) for name in UNETS)])
+@pytest.mark.parametrize(
+    "memory",
+    [{}, {"chunk": lc.Chunk(budget="95%")}, pytest.param({"swap": lc.Swap(budget="90%")}, marks=pytest.mark.slow)],
+    ids=["plain", "chunks", "swaps"],
+)
 def test_bitwise_by_aot_eager(name: str, memory: dict[str, Any]) -> None:
     model, make_inputs = ZOO[name].build()
     cache = lc.Cache(cut="auto", interval=3)
