@@ -72,9 +72,10 @@ def taylor_seer(model: nn.Module) -> Iterator[nn.Module]:
 def _enabled(model: Any, config: object) -> Iterator[nn.Module]:
     model.enable_cache(config)
     try:
-        if not any(
-            getattr(module, "_diffusers_hook", None) and module._diffusers_hook.hooks for module in model.modules()
-        ):
+        registries = [
+            vars(module)["_diffusers_hook"] for module in model.modules() if "_diffusers_hook" in vars(module)
+        ]
+        if not any(registry.hooks for registry in registries):
             raise RuntimeError("it finds nothing in this model to cache")
         with model.cache_context("cond"):
             yield torch.compile(model, backend="eager")

@@ -260,8 +260,10 @@ class _Sources:
             kind: Literal["weight", "argument"] = "weight" if isinstance(value, nn.Parameter) else "argument"
             return Place(kind, (node.name,))
         scope, root, keys = parsed
-        if (scope, root) in self.roots and isinstance(value, torch.Tensor):
+        if (scope, root) in self.roots:
             path = [key for key in keys if key not in _TABLES]
+            if not isinstance(value, torch.Tensor):  # a number among the model's attributes
+                return Place("argument", ("_".join(map(str, (root, *path))),))
             is_models = (scope, root) == self.roots[0]
             return Place("weight", tuple(str(key) for key in (path if is_models else [root, *path])) or (root,))
         if root == self.variadic[1] and keys:

@@ -310,6 +310,40 @@ def test_other_weights() -> None:
         assert torch.equal(compiled(*given), model(*given))
 
 
+def test_numbers_and_tensors_among_attributes() -> None:
+    class Scaled(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.settings = {"scale": 2, "table": torch.arange(4.0)}
+
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, scale: float = 1.0) -> Any:
+            found = super().forward(sample, timestep, encoder_hidden_states, scale)
+            return found * self.settings["scale"] + self.settings["table"]
+
+    model = Scaled()
+    compiled = behind(model)
+    for scale in (2, 3, 5, 7):
+        model.settings = {"scale": scale, "table": torch.arange(4.0) * scale}
+        assert_bitwise(steps(compiled, TIMES[:1]), steps(model, TIMES[:1]))
+
+
+def test_adapters() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = Denoiser()
+    compiled = behind(model)
+    seen = [steps(compiled, TIMES[:1])[0]]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["layer", "outer"], init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+    for edit in (lambda _: None, lambda lora: lora.scale_layer(0.25), lambda lora: lora.merge(safe_merge=True)):
+        for lora in (model.middle.layer, model.outer):
+            edit(lora)
+        lc.reset(compiled)
+        seen += steps(compiled, TIMES[:1])
+        assert_bitwise(seen[-1:], steps(model, TIMES[:1]))
+    assert not any(torch.equal(seen[0], later) for later in seen[1:])
+
+
 def test_graphs_go_with_the_model() -> None:
     model = Denoiser()
     compiled = behind(model)

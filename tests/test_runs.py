@@ -694,8 +694,8 @@ def test_deepcopy_is_transformed_and_apart() -> None:
 # A Stable Diffusion U-Net under adapters --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unet() -> tuple[Watched, dict[str, Any]]:
+@pytest.fixture(params=[None, "aot_eager"], ids=["as it is", "compiled"])
+def unet(request: pytest.FixtureRequest) -> tuple[Watched, dict[str, Any]]:
     """The smallest Stable Diffusion U-Net that has attention, a skip connection to keep and what FreeU changes."""
     model = diffusers.UNet2DConditionModel(
         sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(4, 4),
@@ -711,7 +711,8 @@ def unet() -> tuple[Watched, dict[str, Any]]:
         "timestep": torch.tensor(900),
         "return_dict": False,
     }
-    return Watched(model, lc.Policy.deepcache(2, 0)), inputs
+    policy = lc.Policy(cache=lc.Cache(cut=0, interval=2), compile=request.param)
+    return Watched(model, policy), inputs
 
 
 def _two_steps(model: Watched, inputs: dict[str, Any]) -> torch.Tensor:
