@@ -18,9 +18,10 @@ from torch import fx, nn
 from lightcache_fx.calls import default_rate
 from lightcache_fx.errors import ArgumentError, PolicyError, TransformError
 from lightcache_fx.graph_model import Frame, GraphModel, graph_model
+from lightcache_fx.ledger import Ledger
 from lightcache_fx.module import is_autoencoder
 from lightcache_fx.policy import Compile, Policy
-from lightcache_fx.runtime import Ledger, Runtime, ThreadState
+from lightcache_fx.runtime import Runtime, ThreadState
 
 log = logging.getLogger(__name__)
 

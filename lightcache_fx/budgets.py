@@ -106,6 +106,11 @@ def for_branches(capture: Capture, plan: Plan, before: Plan, *, takes_turns: boo
     if before.swap is None and found.swap is not None and not found.swap.moves and not takes_turns:
         found = replace(found, swap=None)
     note = f"a step has {plan.branches} calls of {plan.model}, as seen: planned anew with what each of them keeps"
+    if plan.beside:
+        note = (
+            f"a step calls {plan.model} with other sizes too, as seen: planned anew beside the"
+            f" {format_bytes(plan.beside)} that they keep"
+        )
     return replace(found, notes=(*found.notes, note))
 
 
@@ -167,10 +172,10 @@ def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
     graphs = whole_graphs(capture, plan)
     largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
     for share in (1.0, 0.75):
-        few = int(share * (budget - plan.branches * plan.hoist.num_bytes - 2 * _weight_bytes(largest)))
+        few = int(share * (budget - plan.beside - plan.branches * plan.hoist.num_bytes - 2 * _weight_bytes(largest)))
         if few > 0:
             yield {}.fromkeys(graphs, few).get
-    held = plan.weight_bytes + plan.branches * plan.hoist.num_bytes
+    held = plan.weight_bytes + plan.branches * plan.hoist.num_bytes + plan.beside
 
     def beside_all(name: str) -> int:
         return budget - held - plan.kept_bytes * (plan.branches - (name != "reuse"))
@@ -327,7 +332,7 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     branches = plan.branches
     held = branches * plan.hoist.num_bytes + sum(size for name, size in weights.items() if name not in movable)
     slots = plan.cut.slots if plan.cut is not None else ()
-    held += branches * sum(slot.num_bytes for slot in slots if slot.name in fixed)
+    held += branches * sum(slot.num_bytes for slot in slots if slot.name in fixed) + plan.beside
     steps = plan.period if repeated else ("full",)
     cycle = workload_of([programs[name] for name in steps], held, cyclic=repeated, branches=branches)
     names = tuple(name for name in steps for _ in range(branches))

@@ -240,7 +240,7 @@ class LoadedRuntime(Runtime):
     def _paths_to_mark(self) -> list[str]:
         return []
 
-    def _planned_anew(self, compiled: Compiled, branches: int) -> Compiled:
+    def _planned_anew(self, compiled: Compiled, branches: int, beside: int) -> Compiled:
         """The same programs for a step of other guidance branches: what is kept for all of them must be within budget.
 
         What was saved for more branches has room for fewer.
@@ -250,10 +250,10 @@ class LoadedRuntime(Runtime):
         """
         saved = [compiled, *compiled.signature.compiled.values()]
         budget = self.policy.memory_budget
-        needed = [_bytes_needed(made, branches) for made in saved]
+        needed = [_bytes_needed(made, branches) + beside for made in saved]
         for made, size in zip(saved, needed, strict=True):
-            if branches <= made.plan.branches or budget is None or size <= budget:
-                return replace(made, plan=replace(made.plan, branches=branches))
+            if (branches <= made.plan.branches and not beside) or budget is None or size <= budget:
+                return replace(made, plan=replace(made.plan, branches=branches, beside=beside))
         assert budget is not None
         raise BudgetError(
             f"memory_budget: a step of {branches} calls of {compiled.plan.model} takes {format_bytes(min(needed))} with"

@@ -50,6 +50,7 @@ class Plan:
         swap: what is copied when, where the policy asks for swapping or has a budget that needs it.
         branches: how many calls a step has, one for each branch of guidance: budgets count the slots and hoisted values
             of all of them.
+        beside: bytes that calls of other signatures in a step (a prompt of another length) keep on the device.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Plan:
     chunks: Mapping[str, ChunkPlan] = field(default_factory=dict)
     swap: SwapSchedule | None = None
     branches: int = 1
+    beside: int = 0
 
     @property
     def period(self) -> tuple[str, ...]:

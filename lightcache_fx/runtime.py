@@ -54,12 +54,27 @@ class Signature:
         plan: what was decided before memory was looked at.
         state: kept so that the objects whose identity is in the key stay alive.
         compiled: what was made of it, by how many calls a denoising step has.
+        beside: likewise, where calls of other signatures keep something too; by the bytes of that as well.
     """
 
     capture: CapturedCall
     plan: Plan
     state: ModuleState
     compiled: dict[int, Compiled] = field(default_factory=dict)
+    beside: dict[tuple[int, int], Compiled] = field(default_factory=dict)
+
+    def made(self, branches: int, beside: int) -> Compiled | None:
+        """What was made for a step of so many calls, beside so many bytes of others."""
+        return self.beside.get((branches, beside)) if beside else self.compiled.get(branches)
+
+    def everything(self) -> list[Compiled]:
+        """All that was made of it."""
+        return [*self.compiled.values(), *self.beside.values()]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that a branch keeps: slots, and hoisted values."""
+        return self.plan.kept_bytes + self.plan.hoist.num_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +312,10 @@ class Runtime:
     def _keep(self, made: Compiled) -> Compiled:
         with self._lock:
             self.compiled[(made.capture.layout, made.signature.state.key)] = made
-            made.signature.compiled[made.plan.branches] = made
+            if made.plan.beside:
+                made.signature.beside[made.plan.branches, made.plan.beside] = made
+            else:
+                made.signature.compiled[made.plan.branches] = made
             if len(self.compiled) > self.policy.max_signatures:
                 (old, _), _ = self.compiled.popitem(last=False)
                 types = zip(old.leaves, old.tensor_types, strict=True)
@@ -327,20 +345,23 @@ class Runtime:
         """
         if not (self.policy.is_about_memory() and compiled.capture.layout.is_repeated):
             return compiled
-        seen, planned = len(self._members(compiled)), compiled.plan.branches
-        wanted = max(seen, planned) if position.step == 0 else max(seen, 1)
+        plan, others = compiled.plan, self._others(compiled)
+        seen, beside = len(self._members(compiled)), sum(signature.kept_bytes for signature in others)
+        wanted = max(seen, plan.branches) if position.step == 0 else max(seen, 1)
+        if position.step == 0:
+            beside = max(beside, plan.beside)
         if self.policy.calls_per_step is not None:
-            wanted = max(wanted, self.policy.calls_per_step)
-        if wanted == planned:
+            wanted = max(wanted, self.policy.calls_per_step - len(others))
+        if (wanted, beside) == (plan.branches, plan.beside):
             return compiled
         with CAPTURE_LOCK.capturing():
-            found = compiled.signature.compiled.get(wanted) or self._planned_anew(compiled, wanted)
+            found = compiled.signature.made(wanted, beside) or self._planned_anew(compiled, wanted, beside)
             return self._keep(found)
 
-    def _planned_anew(self, compiled: Compiled, branches: int) -> Compiled:
+    def _planned_anew(self, compiled: Compiled, branches: int, beside: int) -> Compiled:
         signature, captured, turns = compiled.signature, compiled.capture, self._ledger.is_shared
         assert isinstance(captured, Capture)
-        asked = replace(signature.plan, branches=branches)
+        asked = replace(signature.plan, branches=branches, beside=beside)
         plan = for_branches(captured, asked, compiled.plan, takes_turns=turns)
         for note in plan.notes:
             if note not in compiled.plan.notes:
@@ -350,6 +371,11 @@ class Runtime:
     def _members(self, compiled: Compiled) -> list[Branch]:
         """The guidance branches that this signature's programs run for, by their places in the step."""
         return [branch for branch in self.tracker.branches if _signature_of(branch) is compiled.signature]
+
+    def _others(self, compiled: Compiled) -> list[Signature]:
+        """Of each branch that another signature's programs run for, that signature."""
+        found = map(_signature_of, self.tracker.branches)
+        return [other for other in found if isinstance(other, Signature) and other is not compiled.signature]
 
     def _place_of(self, position: Position, compiled: Compiled) -> int:
         """A call's guidance branch, by its place in the step."""
@@ -380,7 +406,7 @@ class Runtime:
 
     def _note_places(self) -> None:
         for first in list(self.compiled.values()):
-            for compiled in list(first.signature.compiled.values()):
+            for compiled in first.signature.everything():
                 compiled.note_places()
 
     def _bring_home(self, planned: frozenset[str]) -> None:
@@ -593,7 +619,7 @@ class Runtime:
         """As `current`, of every state that the module has been in."""
         with self._lock:
             used = list(self.compiled.values())
-            return [[*(m for m in made.signature.compiled.values() if m is not made), made] for made in used]
+            return [[*(m for m in made.signature.everything() if m is not made), made] for made in used]
 
 
 def _signature_of(branch: Branch) -> object:

@@ -95,7 +95,8 @@ def save(module: nn.Module, folder: str | Path, *, weights: Paths | None = None,
                 f" called"
             )
         writer = _Writer(added.original)
-        for *others, last in found:
+        for every in found:
+            *others, last = (made for made in every if not made.plan.beside)
             for made in others:
                 if made.plan.swap is None:
                     writer.add(made)

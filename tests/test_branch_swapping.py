@@ -355,6 +355,48 @@ def test_a_later_branch_s_prologue_has_room_beside_what_earlier_ones_keep(
     assert plan.kept_bytes > plan.hoist.num_bytes > 0
 
 
+def two_sizes(model: nn.Module, keep: Callable[[torch.Tensor], object] = id) -> Callable[[], None]:
+    """As `generation`, with two calls a step of different sizes; `keep` gets their outputs."""
+    inputs = [
+        [(latent(step, batch), torch.tensor(900.0 - 100 * step)) for batch in (BATCH, BATCH // 2)]
+        for step in range(NUM_STEPS)
+    ]
+    conditions = [prompt(number)[:1] for number in PAIR]
+
+    def run() -> None:
+        with torch.no_grad(), lc.marked_run(NUM_STEPS):
+            for calls in inputs:
+                for call, condition in zip(calls, conditions, strict=True):
+                    keep(model(*call, condition))
+                lc.step_done()
+
+    return run
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_calls_of_different_sizes_keep_one_budget(counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size has a plan of its own, beside what the other keeps; not counted, they would exceed it together."""
+    if not counts:
+        monkeypatch.setattr(runtime_module.Runtime, "_others", lambda *_: [])
+    model = Tower(num_blocks=8)
+    call = latent(0, BATCH), torch.tensor(900.0), prompt(0)[:1]
+    whole = lc.plan(model, call, policy=policy("100%"), hardware=HARDWARE).swap
+    assert whole is not None
+    budget = int(0.8 * whole.plan.peak_bytes)
+    swapped, plain = lc.transform(model, policy(budget)), lc.transform(Tower(num_blocks=8), unswapped(policy(budget)))
+    found: dict[nn.Module, list[torch.Tensor]] = {swapped: [], plain: []}
+    for module, outputs in found.items():
+        for _ in range(2):
+            two_sizes(module, outputs.append)()
+    assert_same(found[swapped], found[plain])
+    first = measure_peak(two_sizes(swapped)).peak_bytes + small_weights(model, swap_of(swapped))
+    assert (first <= budget) == counts
+    plans = [made.plan for made in swapped._lightcache.runtime.compiled.values()]
+    assert len(plans) == 2
+    kept = [plan.kept_bytes + plan.hoist.num_bytes for plan in plans]
+    assert [plan.beside for plan in plans] == (kept[::-1] if counts else [0, 0])
+
+
 class Spread(nn.Module):
     """What takes so much room for each value that nothing else has any."""
 
