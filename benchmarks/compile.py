@@ -46,12 +46,14 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.denoise import DTYPES, Setting, Video, build_unet
+from lightcache_fx.liveness import timeline
 
 SHARE_OF_BOUND = 0.85
 TOLERANCE = 1e-4
 """Largest difference of a compiled step's result from the uncompiled one's, over its largest element, in float32."""
 
-CHUNKS = lc.Chunk(budget="60%")
+SHARE = 0.6
+"""Of a full step's activations, for what runs in chunks."""
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -59,12 +61,17 @@ def variants(unet: nn.Module, setting: Setting, mode: str) -> dict[str, nn.Modul
     """The modules to compare, by name; all share the U-Net's weights."""
     compile_ = lc.Compile(mode=mode)  # type: ignore[arg-type]
     cached = lc.Policy.deepcache(setting.interval, 0)
+    once = lc.transform(unet, cached)
+    video = Video(setting)
+    video.predict(once, video.noise, video.timestep())
+    full = timeline(lc.inspect(once).programs["full"].graph_module.graph).peak_bytes
+    chunk = lc.Chunk(budget=int(SHARE * full))
     policies = {
         "cached": cached,
         "cached and compiled": cached.model_copy(update={"compile": compile_}),
-        "chunked and compiled": lc.Policy(chunk=CHUNKS, compile=compile_),
-        "cached and chunked": cached.model_copy(update={"chunk": CHUNKS}),
-        "cached, chunked and compiled": cached.model_copy(update={"chunk": CHUNKS, "compile": compile_}),
+        "chunked and compiled": lc.Policy(chunk=chunk, compile=compile_),
+        "cached and chunked": cached.model_copy(update={"chunk": chunk}),
+        "cached, chunked and compiled": cached.model_copy(update={"chunk": chunk, "compile": compile_}),
     }
     compiled: Any = torch.compile(unet, fullgraph=True, mode=mode)
     return {"eager": unet, "compiled": compiled} | {name: lc.transform(unet, p) for name, p in policies.items()}
@@ -87,8 +94,7 @@ def measure_loops(setting: Setting, mode: str, log: Callable[[str], None]) -> di
     first: dict[str, float] = {}
 
     def loop(name: str) -> torch.Tensor:
-        with lc.marked_run(setting.steps):
-            return _denoise(video, modules[name])
+        return video.denoise(modules[name], video.scheduler())
 
     for name in modules:
         begin = time.perf_counter()
@@ -126,16 +132,6 @@ def measure_loops(setting: Setting, mode: str, log: Callable[[str], None]) -> di
 def _compile_states(module: nn.Module) -> dict[str, str]:
     report = lc.inspect(module)
     return {one.name: one.compiled for signature in report.signatures for one in signature.programs}
-
-
-def _denoise(video: Video, module: nn.Module) -> torch.Tensor:
-    scheduler = video.scheduler()
-    latent: torch.Tensor = video.noise * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        uncond, cond = video.predict(module, scheduler.scale_model_input(latent, timestep), timestep).chunk(2)
-        latent = scheduler.step(uncond + 3.0 * (cond - uncond), timestep, latent).prev_sample
-        lc.step_done()
-    return latent
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
