@@ -14,7 +14,10 @@ from lightcache_fx import Auto, Cache, Chunk, Decode, Policy, Residual
 from lightcache_fx.errors import LightcacheError, PolicyError
 
 CACHE_KEYS = "cut, interval, steps, mask, first, last, num_steps"
-POLICY_KEYS = "cache, hoist, max_hoisted_bytes, rates, chunk, decode, swap, memory_budget, calls_per_step, compile, max_signatures"
+POLICY_KEYS = (
+    "cache, hoist, max_hoisted_bytes, rates, chunk, decode, swap, memory_budget, calls_per_step, compile, "
+    "max_signatures"
+)
 CUTS = "expected a depth (0, 1, 2, ...), a module path or a list of them, Residual(first=..., last=...) or 'auto'"
 BYTES = "expected a number of bytes such as 1048576, '64MiB' or '1.5GB'"
 
