@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightcache_fx.calls import Call, CallLayout
+from lightcache_fx.compiled import Compiled, Signature
 from lightcache_fx.encoding import Tree, decode
 from lightcache_fx.errors import BudgetError, LightcacheError, LoadError, PolicyError, SignatureError, TransformError
 from lightcache_fx.graphs import input_of, num_bytes, placeholders
@@ -37,7 +38,7 @@ from lightcache_fx.module import Added, TransformedModule, module_mixin, policy_
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import BoundProgram, Program
 from lightcache_fx.program_log import log_programs
-from lightcache_fx.runtime import Compiled, Runtime, Signature, homes_of
+from lightcache_fx.runtime import Runtime, homes_of
 from lightcache_fx.saved_checks import Type, check_programs, check_same, type_of, without_memory
 from lightcache_fx.saved_programs import Read, rebuild_program
 from lightcache_fx.saved_weights import hang_weights, weights_class

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,14 +16,16 @@ from torch.utils import _pytree as pytree
 
 from lightcache_fx.arena import is_dense
 from lightcache_fx.budgets import for_branches, with_memory
-from lightcache_fx.calls import Call, CallLayout, CallReader, CapturedCall, method_of
+from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
+from lightcache_fx.compiled import Compiled, LastCall, Signature
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
 from lightcache_fx.fetching import WeightsAway
-from lightcache_fx.handover import HandOver, plan_hand_over
+from lightcache_fx.handover import plan_hand_over
 from lightcache_fx.homes import Homes, Tier
+from lightcache_fx.host_reads import HostReader
 from lightcache_fx.ledger import Ledger, Stretch
 from lightcache_fx.liveness import CUDA_BLOCK
 from lightcache_fx.module_state import ModuleState, weight_slots
@@ -31,7 +33,7 @@ from lightcache_fx.outputs import register_distributions
 from lightcache_fx.placement import placement_of, weights_fit
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy, Swap
-from lightcache_fx.program import BoundProgram, Moment, Program, build_last, build_programs
+from lightcache_fx.program import BoundProgram, Moment, build_last, build_programs
 from lightcache_fx.program_log import log_programs
 from lightcache_fx.ranges import profiled
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
@@ -43,65 +45,6 @@ log = logging.getLogger(__name__)
 
 LONGEST_TIMELINE = 4096
 """Programs of a run that are remembered, the last ones."""
-
-
-@dataclass(frozen=True, eq=False)
-class Signature:
-    """What is made once for one signature.
-
-    Attributes:
-        capture: of the model, or what was saved of it.
-        plan: what was decided before memory was looked at.
-        state: kept so that the objects whose identity is in the key stay alive.
-        compiled: what was made of it, by how many calls a denoising step has.
-        beside: likewise, where calls of other signatures keep something too; by the bytes of that as well.
-    """
-
-    capture: CapturedCall
-    plan: Plan
-    state: ModuleState
-    compiled: dict[int, Compiled] = field(default_factory=dict)
-    beside: dict[tuple[int, int], Compiled] = field(default_factory=dict)
-
-    def made(self, branches: int, beside: int) -> Compiled | None:
-        """What was made for a step of so many calls, beside so many bytes of others."""
-        return self.beside.get((branches, beside)) if beside else self.compiled.get(branches)
-
-    def everything(self) -> list[Compiled]:
-        """All that was made of it."""
-        return [*self.compiled.values(), *self.beside.values()]
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes that a branch keeps: slots, and hoisted values."""
-        return self.plan.kept_bytes + self.plan.hoist.num_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Compiled:
-    """The plan and the programs for a signature and a number of guidance branches."""
-
-    signature: Signature
-    plan: Plan
-    programs: dict[str, Program]
-    bound: dict[str, BoundProgram]
-    last: dict[int, LastCall] = field(default_factory=dict)
-
-    @property
-    def capture(self) -> CapturedCall:
-        """Of the model, or what was saved of it."""
-        return self.signature.capture
-
-    def note_places(self) -> None:
-        """Keep copies on the device, while the model is there, of what the plan keeps there and what is elsewhere."""
-        swap = self.plan.swap
-        resident = swap.resident if swap is not None else frozenset[str]()
-        once = resident if swap is not None and swap.keeps_residents else frozenset[str]()
-        planned = {name: once if name == "prologue" else resident for name in self.bound}
-        planned |= {last.name: frozenset() for last in self.last.values() if last.name in self.bound}
-        elsewhere = frozenset[str]().union(*(program.elsewhere(planned[name]) for name, program in self.bound.items()))
-        for name, program in self.bound.items():
-            program.keep_resident(planned[name] | elsewhere)
 
 
 def homes_of(module: nn.Module, policy: Policy) -> Homes:
@@ -120,21 +63,6 @@ def homes_of(module: nn.Module, policy: Policy) -> Homes:
 
 def _tier(policy: Policy, *, on_cpu: bool) -> Tier:
     return (policy.swap or Swap()).to or ("disk" if on_cpu else "host")
-
-
-@dataclass(frozen=True, eq=False)
-class LastCall:
-    """A call of a period made as the last one before another model's.
-
-    Attributes:
-        before: the programs that the other model ran first.
-        plan: what is fetched for them; None where nothing is.
-        name: of the program.
-    """
-
-    before: tuple[BoundProgram, ...]
-    plan: HandOver | None
-    name: str
 
 
 class ProgramRun(NamedTuple):
@@ -439,7 +367,7 @@ class Runtime:
             times = call.of_rate("step")
             if not times:  # nothing tells steps apart, so every call is a run of its own
                 self.tracker.reset()
-            reader = _HostReader(times, inputs)
+            reader = HostReader(times, inputs)
             position = self.tracker.locate(reader.time(self.tracker.branches), group, inputs, reader.equal)
         if position.begins_run:
             self._local.timeline.clear()
@@ -638,49 +566,6 @@ def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object
     if tuple(map(version_of, old)) != old_key or key[count:] != old_key[count:]:
         return False
     return all(map(torch.equal, inputs, old))
-
-
-class _HostReader:
-    """Reads from the device, at most once a call, what placing an unmarked call takes.
-
-    That is the timestep and, where no branch has the same conditioning tensors, which branch has equal ones.
-    """
-
-    def __init__(self, times: Sequence[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
-        self._times = times
-        self._inputs = inputs
-        self._equal: dict[int, bool] = {}
-
-    def time(self, branches: Sequence[Branch]) -> float:
-        """The mean of the first step-rate input, which may hold one timestep a sample or token."""
-        if not self._times:
-            return 0.0
-        known = any(
-            len(b.inputs) == len(self._inputs) and all(map(_same_object, b.inputs, self._inputs)) for b in branches
-        )
-        facts = [self._times[0].double().mean().reshape(1)]
-        if not known:
-            for branch in branches:
-                facts.append(_all_equal(branch.inputs, self._inputs).to(facts[0].device).reshape(1).double())
-        time, *flags = torch.cat(facts).tolist()
-        self._equal = {id(branch): bool(flag) for branch, flag in zip(branches, flags, strict=False)}
-        return float(time)
-
-    def equal(self, branch: Branch) -> bool:
-        """Whether a branch's inputs had the same values, as read by `time`."""
-        return self._equal.get(id(branch), False)
-
-
-def _all_equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
-    if len(a) != len(b) or any(
-        x.shape != y.shape or x.dtype != y.dtype or x.device != y.device for x, y in zip(a, b, strict=True)
-    ):
-        return torch.tensor(False)
-    return torch.stack([(x == y).all() for x, y in zip(a, b, strict=True)]).all() if a else torch.tensor(True)
-
-
-def _same_object(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b
 
 
 def first_needs(programs: Sequence[BoundProgram]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightcache_fx.capture import Capture
 from lightcache_fx.capture_lock import CAPTURE_LOCK
+from lightcache_fx.compiled import Compiled
 from lightcache_fx.encoding import encode, encode_tree
 from lightcache_fx.errors import ArgumentError, LoadError, SaveError
 from lightcache_fx.manifest import (
@@ -43,7 +44,7 @@ from lightcache_fx.manifest import (
 )
 from lightcache_fx.module import TransformedModule
 from lightcache_fx.module_state import weight_slots
-from lightcache_fx.runtime import Compiled, Runtime
+from lightcache_fx.runtime import Runtime
 from lightcache_fx.saved_programs import Files, record_program
 from lightcache_fx.saved_weights import SavedWeights
 from lightcache_fx.tensor_files import TensorSource, record_of, write_tensors

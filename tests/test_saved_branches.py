@@ -12,11 +12,11 @@ import torch
 import lightcache_fx as lc
 from lightcache_fx import Cache, Chunk, Policy
 from lightcache_fx import runtime as runtime_module
+from lightcache_fx.compiled import Compiled
 from lightcache_fx.costs import CPU
 from lightcache_fx.errors import BudgetError, LoadError, SaveError
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.liveness import timeline
-from lightcache_fx.runtime import Compiled
 from lightcache_fx.workload import Link
 from test_saved_damage import edit
 from toys import Tower, latent, prompt
