@@ -102,6 +102,7 @@ class PackageFiles:
                             f" take; save without compiled=True, or use Compile(blocks=False)")  # fmt: skip
         devices = {value.device for value in values}
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+        hardware = hardware_of(device)
         identity = _identity(digest, strides)
         name = f"part_{len(self.records)}"
         content = _compiled(gm, strides, settings, name, identity, where)
@@ -114,7 +115,7 @@ class PackageFiles:
             program=program,
             settings=settings_text(settings),
             torch=str(torch.__version__),
-            hardware=hardware_of(device),
+            hardware=hardware,
         )
         self.records.append(record)
         self.contents[f"{FOLDER}/{device.type}/{record.file}"] = content
@@ -160,10 +161,14 @@ def _zeros(like: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
 
 
 def hardware_of(device: torch.device) -> HardwareRecord:
-    """What code for a device runs on."""
+    """What code for a device runs on.
+
+    Raises:
+        SaveError: it is neither the CPU nor CUDA.
+    """
     if device.type == "cpu":
-        # Inductor compiles for all that the processor has, which is more than the widest vectors say.
-        # Not in all releases that are supported.
+        # Inductor compiles for all that the processor has, which is more than the widest vectors say. Older releases of
+        # torch do not tell; then nothing is recorded and nothing refused.
         found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return HardwareRecord(
             type="cpu",
@@ -276,7 +281,7 @@ def _check_entries(infos: Sequence[zipfile.ZipInfo], file: str) -> None:
         raise LoadError(f"{file} has an entry {strange!r}, which no package of a part has")
     names = [info.filename for info in infos]
     if len(set(names)) < len(names) or len(set(_folders(names))) > 1:
-        raise LoadError(f"{file} has an entry twice")
+        raise LoadError(f"{file} has an entry twice, or entries of two packages")
     libraries = sum(name.endswith((".so", ".dylib", ".dll", ".pyd")) for name in names)
     if libraries != 1:
         raise LoadError(f"{file} has {libraries} shared libraries, expected one")
