@@ -35,11 +35,13 @@ from lightcache_fx.manifest import (
     signature_file,
 )
 from lightcache_fx.module import Added, TransformedModule, module_mixin, policy_for
+from lightcache_fx.packages import Packages
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import BoundProgram, Program
 from lightcache_fx.program_log import log_programs
 from lightcache_fx.runtime import Runtime, homes_of
 from lightcache_fx.saved_checks import Type, check_programs, check_same, type_of, without_memory
+from lightcache_fx.saved_packages import read_packages
 from lightcache_fx.saved_programs import Read, rebuild_program
 from lightcache_fx.saved_weights import hang_weights, weights_class
 from lightcache_fx.saving import Paths
@@ -92,7 +94,12 @@ class LoadedModule(TransformedModule):
 
 
 def load(
-    folder: str | Path, *, weights: Paths | None = None, check_weights: bool = True, any_torch: bool = False
+    folder: str | Path,
+    *,
+    weights: Paths | None = None,
+    check_weights: bool = True,
+    any_torch: bool = False,
+    compiled: bool = False,
 ) -> nn.Module:
     """A module from a folder that `save` wrote; the model's class and its library need not be there.
 
@@ -101,7 +108,7 @@ def load(
 
     It takes the calls that were saved, by the same argument names, and follows the same rules about runs, steps and
     branches; `inspect`, `reset` and `marked_run` work as on a transformed module. Nothing is unpickled, and no code is
-    imported or run that the folder names.
+    imported or run that the folder names, unless `compiled` asks for it.
 
     Args:
         folder: that `save` made.
@@ -109,13 +116,16 @@ def load(
             saved without them; other files that hold the same ones will do.
         check_weights: whether weights are hashed, which reads all of them; names, shapes and dtypes are checked anyway.
         any_torch: whether programs of another release of torch may run: results may then differ by rounding.
+        compiled: take the packages that `save(compiled=True)` made instead of compiling programs here. They are machine
+            code that runs with all your rights, so pass it only for a folder that you trust as you trust a library.
 
     Returns:
         a module in evaluation mode, its weights on the devices that they were saved from.
 
     Raises:
         LoadError: a file is missing, damaged or another one's, parts do not fit each other, weights are not those that
-            were saved, or the folder is of another format or release of torch.
+            were saved, or the folder is of another format or release of torch; with `compiled`, there are no packages,
+            or they are of another torch or other hardware.
     """
     place = Path(folder)
     if not place.is_dir():
@@ -146,12 +156,16 @@ def load(
         raise
     except LightcacheError as error:  # the policy is of another model
         raise LoadError(f"{POLICY} of {place} does not fit the model: {error}") from error
+    devices = [weight.device for weight in (*root.parameters(), *root.buffers())]
+    packages = read_packages(place, manifest, policy.compile, devices, any_torch) if compiled else None
     for number in range(manifest.num_signatures):
         file = signature_file(number)
         record = from_json(SignatureRecord, read(file), file)
         if record.number != number or record.call.method not in runtimes:
             raise LoadError(f"{file} is signature {record.number} of {record.call.method}: files have been swapped")
-        runtimes[record.call.method].add(record, tensors, read)
+        runtimes[record.call.method].add(record, tensors, read, packages)
+    if packages is not None:
+        packages.open()
     mixin = module_mixin(type(root), list(runtimes), LoadedModule)
     return second_view(root, mixin, Added(root, policy, runtimes))
 
@@ -204,7 +218,9 @@ class LoadedCall:
 class LoadedRuntime(Runtime):
     """Runs saved programs; a call that there are none for is refused, as there is nothing to capture."""
 
-    def add(self, record: SignatureRecord, tensors: _Tensors, read: Read) -> None:
+    def add(
+        self, record: SignatureRecord, tensors: _Tensors, read: Read, packages: Packages | None = None
+    ) -> None:  # fmt: skip
         """One saved signature.
 
         Raises:
@@ -226,7 +242,7 @@ class LoadedRuntime(Runtime):
         )
         names = [leaf.name for leaf in call.layout.leaves]
         bound = {
-            name: BoundProgram(program, self.module, held, names, settings=self.policy.compile)
+            name: BoundProgram(program, self.module, held, names, settings=self.policy.compile, packages=packages)
             for name, program in programs.items()
         }
         known = self.compiled.get((call.layout, self._state.key))

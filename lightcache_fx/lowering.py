@@ -8,6 +8,7 @@ model) are compiled once, since Inductor keeps what it compiled by the graph's c
 
 from __future__ import annotations
 
+import logging
 import operator
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -25,9 +26,12 @@ from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.chunked import ChunkedRegion
 from lightcache_fx.errors import LoweringError
 from lightcache_fx.graphs import copy_graph, output_node
+from lightcache_fx.packages import Packages, Strides, part_digest
 from lightcache_fx.policy import Compile
 from lightcache_fx.repeats import graph_key, repeated_blocks, share_to_compile
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
+
+log = logging.getLogger(__name__)
 
 Run = Callable[..., Any]
 
@@ -35,7 +39,7 @@ _COPIES = (PREFETCH, WAIT, OFFLOAD, RELEASE)
 _MAX_LAYOUTS = 4
 _PAYS = 0.3
 """Of a graph's calls; pieces cost a start of the compiler each, and fusions across their borders."""
-_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2, torch.float32: 1e-4, torch.float64: 1e-9}
 """How far a compiled graph's results may be from the graph's own, over the largest element: Inductor fuses, and keeps
 half-precision intermediates in float32, so it rounds elsewhere. What lies beyond is no rounding."""
@@ -52,7 +56,7 @@ def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compil
 
     options = dict(settings.options)
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    if settings.mode in _WITH_CUDA_GRAPHS and any(tensor.is_cuda for tensor in tensors):
+    if settings.mode in WITH_CUDA_GRAPHS and any(tensor.is_cuda for tensor in tensors):
         for tensor in tensors:
             if isinstance(tensor, torch.nn.Parameter):
                 mark_static_address(tensor, guard=False)
@@ -79,15 +83,18 @@ class CompileState:
         pieces: how many graphs the program calls: one, or those between regions and copies, the repeated blocks, and
             the bodies of regions.
         parts: the different ones among them; each is compiled once, for all programs that have it.
+        packages: what was compiled before the module was saved; taken instead of compiling.
     """
 
     backend: str = "eager"
     pieces: int = 0
     parts: set[_Compiled] = field(default_factory=set)
+    packages: Packages | None = None
 
     def __str__(self) -> str:
-        done = sum(part.times > 0 for part in self.parts)
-        return f"{self.backend}: {done} of {len(self.parts)} part{'s' if len(self.parts) != 1 else ''}"
+        done = sum(part.times > 0 or part.loaded > 0 for part in self.parts)
+        loaded = f", {self.loaded} from packages" if self.packages is not None else ""
+        return f"{self.backend}: {done} of {len(self.parts)} part{'s' if len(self.parts) != 1 else ''}{loaded}"
 
     @property
     def compiled(self) -> int:
@@ -95,20 +102,31 @@ class CompileState:
         return sum(part.times for part in self.parts)
 
     @property
+    def loaded(self) -> int:
+        """How many times a part was taken from a package instead."""
+        return sum(part.loaded for part in self.parts)
+
+    @property
     def seconds(self) -> float:
         """That compiling the parts took, the first run of each included."""
         return sum(part.seconds for part in self.parts)
 
 
-def lower(graph_module: fx.GraphModule, settings: Compile, name: str) -> tuple[Run, CompileState]:
+def lower(
+    graph_module: fx.GraphModule, settings: Compile, name: str, packages: Packages | None = None
+) -> tuple[Run, CompileState]:
     """A function with the arguments and results of a program's `forward`.
 
     Args:
         graph_module: the program; it is left as it is, but for the bodies of its regions, which are compiled.
         settings: by what compiler, and how.
         name: of the program, for messages.
+        packages: that hold its parts, compiled; None compiles them here.
+
+    Raises:
+        LoadError: the packages do not hold a part.
     """
-    state = CompileState(settings.backend)
+    state = CompileState(settings.backend, packages=packages)
     boxed = isinstance(graph_module.graph._codegen, BoxedCodeGen)  # noqa: SLF001 - there is no getter
     return _lowered(graph_module, settings, name, state, boxed=boxed), state
 
@@ -128,7 +146,7 @@ def _lowered(gm: fx.GraphModule, settings: Compile, name: str, state: CompileSta
 
 def _blocks(graph: fx.Graph, settings: Compile) -> dict[fx.Node, str]:
     """The blocks to compile apart; by default where what is left to compile is so little that it pays."""
-    if settings.blocks is False or settings.mode in _WITH_CUDA_GRAPHS:
+    if settings.blocks is False or settings.mode in WITH_CUDA_GRAPHS:
         return {}
     blocks = repeated_blocks(graph)
     return blocks if settings.blocks is True or share_to_compile(graph, blocks) <= _PAYS else {}
@@ -189,10 +207,13 @@ def _piece(gm: fx.GraphModule, settings: Compile, name: str, state: CompileState
     state.pieces += 1
     single = _return_a_tuple(gm)
     structure = graph_key(gm.graph)
-    key = None if structure is None else (repr(settings), single, structure)
+    key = None if structure is None else (repr(settings), single, structure, state.packages)
     found = _SHARED.get(key) if key is not None else None
     if found is None:
-        found = _Compiled(gm, settings, name, single)
+        digest = "" if structure is None else part_digest(settings, single, structure)
+        if state.packages is not None:
+            state.packages.claim(digest, name)
+        found = _Compiled(gm, settings, name, single, digest, state.packages)
         if key is not None:
             _SHARED[key] = found
     state.parts.add(found)
@@ -228,7 +249,10 @@ class _Compiled:
 
     Attributes:
         single: whether what it was made of returns one value and no tuple of it.
+        digest: equal for parts that compute the same, in every process; empty where that cannot be told.
+        packages: where it is taken from instead of being compiled.
         times: how often it has been compiled.
+        loaded: how often it has been taken from a package.
         seconds: that this took, the first runs included.
     """
 
@@ -236,7 +260,10 @@ class _Compiled:
     settings: Compile
     name: str
     single: bool
+    digest: str = ""
+    packages: Packages | None = None
     times: int = 0
+    loaded: int = 0
     seconds: float = 0.0
     _by_layout: dict[tuple[object, ...], Run] = field(default_factory=dict)
 
@@ -246,33 +273,51 @@ class _Compiled:
         results: Sequence[Any] = self._first(key, args) if run is None else run(*args)
         return results
 
-    def _first(self, key: tuple[object, ...], args: tuple[Any, ...]) -> Sequence[Any]:
+    def layouts(self) -> list[tuple[Any, ...]]:
+        """The strides of the arguments that it has been called with."""
+        return list(self._by_layout)
+
+    def _first(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Sequence[Any]:
         if len(self._by_layout) == _MAX_LAYOUTS:
             del self._by_layout[next(iter(self._by_layout))]
         begun = time.perf_counter()
         own = _own_results(self.graph_module, args) if self.settings.check else None
+        packaged = self._packaged(key)
         try:
-            run = compiled(self._copy(), args, self.settings)
+            run = packaged or compiled(self._copy(), args, self.settings)
             results: Sequence[Any] = run(*args)
         except Exception as error:
             raise LoweringError(
-                f"compile: backend {self.settings.backend!r} failed on program {self.name}: {type(error).__name__}:"
-                f" {_first_line(error)}; try Policy(compile=Compile(backend='aot_eager')) to see whether the compiler"
-                f" is at fault, or leave compile out"
+                f"compile: {self._by(packaged)} failed on program {self.name}: {type(error).__name__}:"
+                f" {_first_line(error)}; {_next_step(packaged)}"
             ) from error
         if own is not None:
-            self._compare(results, own)
+            self._compare(results, own, packaged)
         self._by_layout[key] = run
-        self.times += 1
+        self.times += packaged is None
+        self.loaded += packaged is not None
         self.seconds += time.perf_counter() - begun
         return results
+
+    def _packaged(self, strides: Strides) -> Run | None:
+        if self.packages is None:
+            return None
+        found = self.packages.find(self.digest, strides)
+        if found is None:
+            log.info("program %s is compiled anew: no package is for arguments laid out as %s", self.name, strides)
+        return found
+
+    def _by(self, packaged: Run | None) -> str:
+        return f"backend {self.settings.backend!r}" if packaged is None else "the saved package"
 
     def _copy(self) -> fx.GraphModule:
         """Compilers rewrite the graph that they are given."""
         graph, _ = copy_graph(self.graph_module.graph)
         return fx.GraphModule(self.graph_module, graph)
 
-    def _compare(self, results: Sequence[Any], own: Sequence[tuple[Any, torch.Tensor | None]]) -> None:
+    def _compare(
+        self, results: Sequence[Any], own: Sequence[tuple[Any, torch.Tensor | None]], packaged: Run | None
+    ) -> None:
         for index, (result, (expected, defined)) in enumerate(zip(results, own, strict=True)):
             if not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
                 continue
@@ -280,10 +325,18 @@ class _Compiled:
             off = _distance(result, expected) if defined is None else _distance(result[defined], expected[defined])
             if not off <= bound:
                 raise LoweringError(
-                    f"compile: backend {self.settings.backend!r} computes something else than program {self.name} does:"
+                    f"compile: {self._by(packaged)} computes something else than program {self.name} does:"
                     f" result {index} is {off:.1e} of its largest element off, where rounding accounts for {bound:.0e}"
-                    f" at most; use another backend, or leave compile out"
+                    f" at most; {_next_step(packaged) if packaged else 'use another backend, or leave compile out'}"
                 )
+
+
+def _next_step(packaged: Run | None) -> str:
+    if packaged is not None:
+        return "save the module again, or load it without compiled=True"
+    return (
+        "try Policy(compile=Compile(backend='aot_eager')) to see whether the compiler is at fault, or leave compile out"
+    )
 
 
 _UNDEFINED = frozenset(

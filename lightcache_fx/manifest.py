@@ -145,6 +145,46 @@ class ParameterRecord(Record):
     default: tuple[Encoded, ...] = pydantic.Field(max_length=1)
 
 
+class HardwareRecord(Record):
+    """What compiled code runs on.
+
+    Attributes:
+        type: as torch names it: `cpu`, `cuda`.
+        name: of the machine's architecture, or of the accelerator.
+        capability: the widest vectors that torch uses, or the accelerator's compute capability.
+        features: of a processor: the instruction sets that it has.
+    """
+
+    type: Annotated[str, pydantic.Field(pattern="^[a-z]+$")]
+    name: str
+    capability: str
+    features: tuple[str, ...]
+
+
+class PackageRecord(Record):
+    """A part of a program, compiled for arguments in one layout.
+
+    Attributes:
+        file: in the folder of packages for this type of device.
+        content: its size and hash.
+        part: digest of what it computes, and by what settings it was compiled.
+        strides: of its arguments.
+        program: that it was met in first, for messages.
+        settings: of the compiler, as JSON.
+        torch: the exact version that made it.
+        hardware: that it was made on and for.
+    """
+
+    file: FileName
+    content: FileRecord
+    part: Digest
+    strides: tuple[tuple[Size, ...], ...]
+    program: str
+    settings: str
+    torch: str
+    hardware: HardwareRecord
+
+
 class Manifest(Record):
     """The folder's contents.
 
@@ -160,6 +200,7 @@ class Manifest(Record):
         constants: tensors that the captures made, by the signature's number and the constant's name.
         methods: the parameters of each method, by name.
         num_signatures: how many files of signatures there are.
+        packages: compiled parts of programs.
     """
 
     kind: Literal["lightcache_fx saved module"]
@@ -173,6 +214,7 @@ class Manifest(Record):
     constants: dict[str, TensorRecord]
     methods: dict[str, tuple[ParameterRecord, ...]]
     num_signatures: Annotated[int, pydantic.Field(ge=1)]
+    packages: tuple[PackageRecord, ...] = ()
 
 
 class TypeRecord(Record):

@@ -18,6 +18,7 @@ from lightcache_fx.flops import total_flops
 from lightcache_fx.graphs import GraphInput, calls, copy_graph, input_of, num_bytes, outputs, placeholders
 from lightcache_fx.lowering import CompileState, lower
 from lightcache_fx.module_state import weight_slots
+from lightcache_fx.packages import Packages
 from lightcache_fx.passes.base import Pass, run_passes
 from lightcache_fx.passes.insert_transfers import Transfers, insert_transfers
 from lightcache_fx.passes.read_cache import read_cache
@@ -261,6 +262,7 @@ class BoundProgram:
         user_names: Sequence[str],
         resident: frozenset[str] = frozenset(),
         settings: Compile | None = None,
+        packages: Packages | None = None,
     ) -> None:
         self.program = program
         self._tables = weight_slots(module)
@@ -287,7 +289,7 @@ class BoundProgram:
         self._run: Callable[..., Sequence[torch.Tensor]] = program.graph_module.forward
         self.compile_state: CompileState | None = None
         if settings is not None:
-            self._run, self.compile_state = lower(program.graph_module, settings, program.name)
+            self._run, self.compile_state = lower(program.graph_module, settings, program.name, packages)
         self.keep_resident(resident)
 
     @property

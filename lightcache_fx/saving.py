@@ -44,7 +44,9 @@ from lightcache_fx.manifest import (
 )
 from lightcache_fx.module import TransformedModule
 from lightcache_fx.module_state import weight_slots
+from lightcache_fx.policy import Compile
 from lightcache_fx.runtime import Runtime
+from lightcache_fx.saved_packages import PackageFiles, check_can_be_packaged
 from lightcache_fx.saved_programs import Files, record_program
 from lightcache_fx.saved_weights import SavedWeights
 from lightcache_fx.tensor_files import TensorSource, record_of, write_tensors
@@ -55,7 +57,14 @@ log = logging.getLogger(__name__)
 Paths = str | Path | Iterable[str | Path]
 
 
-def save(module: nn.Module, folder: str | Path, *, weights: Paths | None = None, overwrite: bool = False) -> None:
+def save(
+    module: nn.Module,
+    folder: str | Path,
+    *,
+    weights: Paths | None = None,
+    overwrite: bool = False,
+    compiled: bool = False,
+) -> None:
     """Write a transformed module's programs, plans, policy and weights into a folder for `load`.
 
         unet = lightcache_fx.transform(unet, Policy.deepcache(3, 0))
@@ -72,11 +81,13 @@ def save(module: nn.Module, folder: str | Path, *, weights: Paths | None = None,
         weights: safetensors files that hold the module's weights as they are now (a file, an index, a folder, or
             several); they are not copied, and `load` must be given them again. None puts the weights in the folder.
         overwrite: whether a saved module that is there already is replaced.
+        compiled: whether to compile the parts of programs by AOTInductor and put them in, for `load(compiled=True)` on
+            the same hardware by the same torch; for a policy with `compile` by Inductor in its default mode.
 
     Raises:
         ArgumentError: `module` is not transformed.
         SaveError: it has no programs, they cannot run without the model's class or are swapped, `weights` are others,
-            or the folder exists. Nothing was written.
+            they cannot be compiled ahead of time, or the folder exists. Nothing was written.
     """
     if not isinstance(module, TransformedModule):
         raise ArgumentError(
@@ -87,6 +98,7 @@ def save(module: nn.Module, folder: str | Path, *, weights: Paths | None = None,
     if isinstance(added.original, SavedWeights):
         raise SaveError(f"save: this {type(module).__name__} was loaded from a folder; copy the folder")
     target = Path(os.path.abspath(folder))  # noqa: PTH100 - links in it stay what they are
+    settings = check_can_be_packaged(added.policy.compile) if compiled else None
     _check_target(target, overwrite)
     with CAPTURE_LOCK.running(), torch.no_grad():
         found = [made for runtime in added.runtimes.values() for made in runtime.current()]
@@ -95,7 +107,7 @@ def save(module: nn.Module, folder: str | Path, *, weights: Paths | None = None,
                 f"save: {type(module).__name__} has no programs in the state that it is in; call it once, as it will be"
                 f" called"
             )
-        writer = _Writer(added.original)
+        writer = _Writer(added.original, settings)
         for every in found:
             *others, last = (made for made in every if not made.plan.beside)
             for made in others:
@@ -114,11 +126,14 @@ class _Writer:
 
     Args:
         original: the user's module.
+        settings: by which parts of programs are compiled; None leaves packages out.
     """
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, settings: Compile | None = None) -> None:
         self.model = type(original).__name__
         self.files: Files = {}
+        self._settings = settings
+        self._packages = PackageFiles()
         tables = weight_slots(original)
         self._weights: dict[str, torch.Tensor] = {
             name: table[key] for name, (table, key) in tables.items() if table.get(key) is not None
@@ -170,6 +185,9 @@ class _Writer:
             }
         )
         self.files[signature_file(number)] = to_json(record)
+        if self._settings is not None:
+            states = [made.bound[name].compile_state for name in programs]
+            self._packages.add([state for state in states if state is not None], self._settings)
 
     def write(self, folder: Path, paths: Paths | None, runtimes: Mapping[str, Runtime]) -> None:
         """Write everything, the manifest last.
@@ -192,6 +210,9 @@ class _Writer:
             write_tensors(folder / CONSTANTS, self._constants)
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
+        for name, content in self._packages.contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
         manifest = Manifest(
             kind=KIND,
             format=FORMAT,
@@ -204,8 +225,9 @@ class _Writer:
             constants=constants,
             methods={name: _parameters(self.model, runtime) for name, runtime in runtimes.items()},
             num_signatures=self._count,
+            packages=tuple(self._packages.records),
         )
-        for path in folder.iterdir():
+        for path in folder.rglob("*"):
             _sync(path)
         (folder / MANIFEST).write_bytes(to_json(manifest))
         _sync(folder / MANIFEST)

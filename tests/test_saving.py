@@ -6,6 +6,8 @@ import copy
 import enum
 import inspect
 import json
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -100,6 +102,37 @@ def test_a_model_without_its_library(tmp_path: Path, name: str, policy: Policy) 
     for mine, its in zip(expected, found, strict=True):
         assert all(map(torch.equal, mine, its))
     assert_same_programs(fast, lc.load(tmp_path / "saved"))
+
+
+OPEN = """
+import sys
+import torch
+if sys.argv[1]:
+    __import__(sys.argv[1])
+for file in sys.argv[2:]:
+    program = torch.export.load(file)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    args = [torch.ones(value.shape, dtype=value.dtype) for value in values]
+    calls_regions = any("lightcache.region" in str(node.target) for node in program.graph.nodes)
+    print(calls_regions or len(program.module()(*args)))
+"""
+
+
+def test_archives_open_by_torch_alone(tmp_path: Path) -> None:
+    """Those without regions run there, too; those with regions need their operator, which this package registers."""
+    fast = lc.transform(Denoiser(), Policy(cache=Cache(cut=0, interval=3), chunk=Chunk(budget="50%")))
+    fast(latent(0, 64), torch.tensor(9.0), prompt(0, 64))
+    lc.save(fast, tmp_path / "saved")
+    files = sorted((tmp_path / "saved").glob("*.pt2"))
+    bodies = [file for file in files if ".body_" in file.name]
+    assert 0 < len(bodies) < len(files)
+    for package, given in (("", bodies), ("lightcache_fx", files)):
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, package, *map(str, given)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.split()) == len(given)
+        assert done.stdout.count("True") == len(given) - len(bodies)
 
 
 class Resnet(nn.Module):
