@@ -131,7 +131,7 @@ def measure_loops(setting: Setting, mode: str, log: Callable[[str], None]) -> di
 
 def _compile_states(module: nn.Module) -> dict[str, str]:
     report = lc.inspect(module)
-    return {one.name: one.compiled for signature in report.signatures for one in signature.programs}
+    return {one.name: one.compiled for signature in report.signatures for one in signature.programs.values()}
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -183,7 +183,7 @@ def compile_seconds(way: str, layers: int) -> dict[str, float]:
     found = {"first_call": total}
     if way.startswith("ours"):
         bounds = lc.inspect(step).signatures  # type: ignore[arg-type]
-        found["parts"] = sum(_parts(one.compiled) for signature in bounds for one in signature.programs)
+        found["parts"] = sum(_parts(one.compiled) for signature in bounds for one in signature.programs.values())
     with torch.no_grad():
         step(**inputs)
         found["step"] = seconds_of(lambda: step(**inputs))
