@@ -52,7 +52,10 @@ def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compil
     told from others; what they return is overwritten by their next run, so it is copied.
     """
     from torch._dynamo import lookup_backend, mark_static_address  # a second to import
+    from torch._guards import TracingContext, tracing
     from torch._inductor import list_mode_options
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     options = dict(settings.options)
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
@@ -70,7 +73,10 @@ def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compil
     if settings.backend == "inductor":
         patches = {**list_mode_options(settings.mode), **options}
         options = {"config_patches": patches} if patches else {}
-    function: Run = lookup_backend(settings.backend)(graph_module, list(args), **options)
+    # Inductor keeps what it compiled on disk only where there is a context with a ShapeEnv, as Dynamo has one.
+    shapes = ShapeEnv(assume_static_by_default=True)
+    with tracing(TracingContext(FakeTensorMode(shape_env=shapes))):
+        function: Run = lookup_backend(settings.backend)(graph_module, list(args), **options)
     return function
 
 
