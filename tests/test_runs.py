@@ -285,7 +285,7 @@ def test_a_marked_run_of_a_scheduler_reads_no_timestep(name: str, monkeypatch: p
     def refuse(*_: Any) -> None:
         raise AssertionError("a marked run must not read the timestep")
 
-    monkeypatch.setattr(runtime._HostReader, "time", refuse)
+    monkeypatch.setattr(runtime.HostReader, "time", refuse)
     model = watched()
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(6)
