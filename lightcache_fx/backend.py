@@ -16,8 +16,9 @@ import torch
 from torch import fx, nn
 
 from lightcache_fx.calls import default_rate
+from lightcache_fx.dynamo_sources import Frame
 from lightcache_fx.errors import ArgumentError, PolicyError, TransformError
-from lightcache_fx.graph_model import Frame, GraphModel, graph_model
+from lightcache_fx.graph_model import GraphModel, graph_model
 from lightcache_fx.ledger import Ledger
 from lightcache_fx.module import is_autoencoder
 from lightcache_fx.policy import Compile, Policy
@@ -132,7 +133,7 @@ class CompiledGraph:
             for place, value in zip(self.model.places, inputs, strict=True):
                 if place.kind == "argument" and isinstance(value, torch.Tensor) and value.requires_grad:
                     raise TransformError(
-                        f"lightcache: argument {place} requires a gradient, and programs have none; call the model"
+                        f"lightcache: argument {place.name} requires a gradient, and programs have none; call the model"
                         f" under torch.no_grad(), or compile it for training by another backend"
                     )
         if self.runtime is None:
@@ -144,7 +145,7 @@ class CompiledGraph:
         if policy.compile is None:
             policy = policy.model_copy(update={"compile": Compile()})
         weight = next(model.parameters(), None)
-        _refuse_moving_weights(policy, weight)
+        refuse_moving_weights(policy, weight)
         if self._broken and policy.cache is not None:
             log.warning(
                 "torch.compile broke %s into several graphs (%s): they run without a cache; see"
@@ -159,15 +160,16 @@ class CompiledGraph:
                 " the timestep as a tensor, and not as a Python number",
                 type(model).__name__,
             )
-        if is_autoencoder(model):
+        if model.model_class is not None and is_autoencoder(model.model_class):
             policy = policy.of_autoencoder(model.method)
         key = (id(weight if weight is not None else self), repr(policy))
         self._shared = _MODELS.setdefault(key, _Model())
         self._shared.graphs.add(self)
-        return Runtime(model, policy, ledger=self._shared.ledger, local=self._shared.local)
+        return Runtime(model, policy, model.method, ledger=self._shared.ledger, local=self._shared.local)
 
 
-def _refuse_moving_weights(policy: Policy, weight: torch.Tensor | None) -> None:
+def refuse_moving_weights(policy: Policy, weight: torch.Tensor | None) -> None:
+    """Raise a `PolicyError` where weights would leave an accelerator behind Dynamo's back."""
     swaps = policy.swap is not None and policy.swap.weights
     if (swaps or policy.memory_budget is not None) and weight is not None and weight.device.type != "cpu":
         raise PolicyError(

@@ -7,6 +7,7 @@ caller. While a capture is traced, forward hooks on the modules of interest pass
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -41,12 +42,12 @@ def _(tensor: torch.Tensor, tag: int) -> torch.Tensor:  # noqa: ARG001 - as abov
 MARK = torch.ops.lightcache.mark.default
 
 
-class MarksItself(nn.Module):
-    """A model that knows where its submodules' calls are."""
+class MarksItself(ABC):
+    """Mixin of a model that knows where its submodules' calls are."""
 
+    @abstractmethod
     def marked(self, paths: Sequence[str]) -> AbstractContextManager[list[Mark]]:
         """As `marked_modules`."""
-        raise NotImplementedError
 
 
 @contextmanager

@@ -177,9 +177,10 @@ def policy_for(module: nn.Module, policy: Policy, method: str) -> Policy:
     return policy.of_autoencoder(method) if is_autoencoder(module) else policy
 
 
-def is_autoencoder(module: nn.Module) -> bool:
-    """Whether a module is used through `decode` and `encode` and not through its forward."""
-    return all(callable(getattr(type(module), name, None)) for name in _AUTOENCODER_METHODS)
+def is_autoencoder(module: nn.Module | type[nn.Module]) -> bool:
+    """Whether a module, or those of a class, are used through `decode` and `encode` and not through their forward."""
+    cls = module if isinstance(module, type) else type(module)
+    return all(callable(getattr(cls, name, None)) for name in _AUTOENCODER_METHODS)
 
 
 def _forward_is_replaced(module: nn.Module) -> bool:

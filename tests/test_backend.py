@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
 import lightcache_fx as lc
-from lightcache_fx.backend import graphs_of, lightcache
+from lightcache_fx.backend import graphs_of, lightcache, refuse_moving_weights
 from lightcache_fx.errors import ArgumentError, CaptureError, CutError, PolicyError, TransformError
 from lightcache_fx.program import Program
 from oracle import assert_bitwise, plain_step
@@ -325,6 +326,39 @@ def test_numbers_and_tensors_among_attributes() -> None:
     for scale in (2, 3, 5, 7):
         model.settings = {"scale": scale, "table": torch.arange(4.0) * scale}
         assert_bitwise(steps(compiled, TIMES[:1]), steps(model, TIMES[:1]))
+
+
+@pytest.mark.parametrize("decode", [lc.Decode(frames=1), lc.Decode(budget="70%")])
+def test_an_autoencoders_decode(decode: lc.Decode) -> None:
+    """What a policy says about denoising does not concern it, and what it says about decoding does."""
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=2, latent_channels=2, sample_size=8, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.eval().requires_grad_(False)
+    latents = torch.randn(4, 2, 8, 8)
+    policy = CACHED.model_copy(update={"decode": decode})
+    compiled, transformed = torch.compile(vae.decode, backend=lc.backend(policy)), lc.transform(vae, policy)
+    with torch.no_grad():
+        (found,), (expected,) = (decode(latents, return_dict=False) for decode in (compiled, transformed.decode))
+    assert torch.equal(found, expected)
+    behind_dynamo, direct = lc.inspect(vae), lc.inspect(transformed)
+    assert renumbered(behind_dynamo.programs["full"]) == renumbered(direct.programs["full"])
+    regions = [n for n in behind_dynamo.programs["full"].graph_module.graph.nodes if "lightcache_region" in n.meta]
+    assert regions
+    assert "decode" in str(behind_dynamo.owner)
+
+
+def test_weights_elsewhere_are_refused_on_a_device() -> None:
+    """Dynamo's guards ask for the weights' device; with `meta` for an accelerator."""
+    weight = torch.empty(1, device="meta")
+    for policy in (lc.Policy(swap=lc.Swap()), lc.Policy(memory_budget="1GiB")):
+        with pytest.raises(
+            PolicyError, match=r"Dynamo's guards expect the weights on meta.*use lightcache_fx.transform"
+        ):
+            refuse_moving_weights(policy, weight)
+    refuse_moving_weights(lc.Policy(swap=lc.Swap(weights=False)), weight)
+    refuse_moving_weights(lc.Policy(swap=lc.Swap()), torch.empty(1))
 
 
 def test_adapters() -> None:
