@@ -2,8 +2,8 @@
 
 A program is one static graph, so nothing has to be traced or guarded again: the backend gets the graph and the tensors
 of the first call. Regions that run chunk by chunk and copies to and from the device keep their place and order: what
-lies between them is compiled, and of a region its bodies are, once each, and looped over. Equal pieces (the blocks of a
-model) are compiled once, since Inductor keeps what it compiled by the graph's content.
+lies between them is compiled, and of a region its bodies are, once each, and looped over. Pieces that compute the same
+(the blocks of a model, what programs have in common) are one part, compiled once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch.fx.passes.split_module import split_module
 
 from lightcache_fx.boxed import BoxedCodeGen
@@ -29,6 +28,7 @@ from lightcache_fx.graphs import copy_graph, output_node
 from lightcache_fx.packages import Packages, Strides, part_digest
 from lightcache_fx.policy import Compile
 from lightcache_fx.repeats import graph_key, repeated_blocks, share_to_compile
+from lightcache_fx.self_checks import copied, first_difference, own_results
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,6 @@ _MAX_LAYOUTS = 4
 _PAYS = 0.3
 """Of a graph's calls; pieces cost a start of the compiler each, and fusions across their borders."""
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2, torch.float32: 1e-4, torch.float64: 1e-9}
-"""How far a compiled graph's results may be from the graph's own, over the largest element: Inductor fuses, and keeps
-half-precision intermediates in float32, so it rounds elsewhere. What lies beyond is no rounding."""
 
 
 def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compile) -> Run:
@@ -58,25 +55,25 @@ def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compil
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     options = dict(settings.options)
+    if settings.backend == "inductor":
+        options = {**list_mode_options(settings.mode), **options}
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if settings.mode in WITH_CUDA_GRAPHS and any(tensor.is_cuda for tensor in tensors):
         for tensor in tensors:
             if isinstance(tensor, torch.nn.Parameter):
                 mark_static_address(tensor, guard=False)
-        made = torch.compile(graph_module, fullgraph=True, dynamic=False, mode=settings.mode, backend=settings.backend)
+        made = torch.compile(graph_module, fullgraph=True, dynamic=False, options=options, backend=settings.backend)
 
         def run(*given: Any) -> list[Any]:
             torch.compiler.cudagraph_mark_step_begin()
-            return list(map(_copied, made(*given)))
+            return list(map(copied, made(*given)))
 
         return run
-    if settings.backend == "inductor":
-        patches = {**list_mode_options(settings.mode), **options}
-        options = {"config_patches": patches} if patches else {}
+    given = {"config_patches": options} if settings.backend == "inductor" and options else options
     # Inductor keeps what it compiled on disk only where there is a context with a ShapeEnv, as Dynamo has one.
     shapes = ShapeEnv(assume_static_by_default=True)
     with tracing(TracingContext(FakeTensorMode(shape_env=shapes))):
-        function: Run = lookup_backend(settings.backend)(graph_module, list(args), **options)
+        function: Run = lookup_backend(settings.backend)(graph_module, list(args), **given)
     return function
 
 
@@ -287,7 +284,7 @@ class _Compiled:
         if len(self._by_layout) == _MAX_LAYOUTS:
             del self._by_layout[next(iter(self._by_layout))]
         begun = time.perf_counter()
-        own = _own_results(self.graph_module, args) if self.settings.check else None
+        own = own_results(self.graph_module, args) if self.settings.check else None
         packaged = self._packaged(key)
         try:
             run = packaged or compiled(self._copy(), args, self.settings)
@@ -298,7 +295,7 @@ class _Compiled:
                 f" {_first_line(error)}; {_next_step(packaged)}"
             ) from error
         if own is not None:
-            self._compare(results, own, packaged)
+            self._refuse_differences(results, own, packaged)
         self._by_layout[key] = run
         self.times += packaged is None
         self.loaded += packaged is not None
@@ -321,20 +318,17 @@ class _Compiled:
         graph, _ = copy_graph(self.graph_module.graph)
         return fx.GraphModule(self.graph_module, graph)
 
-    def _compare(
+    def _refuse_differences(
         self, results: Sequence[Any], own: Sequence[tuple[Any, torch.Tensor | None]], packaged: Run | None
     ) -> None:
-        for index, (result, (expected, defined)) in enumerate(zip(results, own, strict=True)):
-            if not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
-                continue
-            bound = _TOLERANCE.get(expected.dtype, 0.1)
-            off = _distance(result, expected) if defined is None else _distance(result[defined], expected[defined])
-            if not off <= bound:
-                raise LoweringError(
-                    f"compile: {self._by(packaged)} computes something else than program {self.name} does:"
-                    f" result {index} is {off:.1e} of its largest element off, where rounding accounts for {bound:.0e}"
-                    f" at most; {_next_step(packaged) if packaged else 'use another backend, or leave compile out'}"
-                )
+        found = first_difference(results, own)
+        if found is not None:
+            raise LoweringError(
+                f"compile: {self._by(packaged)} computes something else than program {self.name} does: result"
+                f" {found.index} is {found.off:.1e} of its largest element off, where rounding accounts for"
+                f" {found.bound:.0e} at most;"
+                f" {_next_step(packaged) if packaged else 'use another backend, or leave compile out'}"
+            )
 
 
 def _next_step(packaged: Run | None) -> str:
@@ -343,63 +337,6 @@ def _next_step(packaged: Run | None) -> str:
     return (
         "try Policy(compile=Compile(backend='aot_eager')) to see whether the compiler is at fault, or leave compile out"
     )
-
-
-_UNDEFINED = frozenset(
-    {
-        torch.ops.aten.empty,
-        torch.ops.aten.empty_like,
-        torch.ops.aten.empty_strided,
-        torch.ops.aten.empty_permuted,
-        torch.ops.aten.new_empty,
-        torch.ops.aten.new_empty_strided,
-    }
-)
-
-
-class _Filled(fx.Interpreter):
-    """Runs a graph with a value of one's own where it leaves memory as it is found."""
-
-    def __init__(self, graph_module: fx.GraphModule, value: int) -> None:
-        super().__init__(graph_module)
-        self._value = value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_function(target, args, kwargs)
-        return result.fill_(self._value) if _leaves_undefined(target) else result
-
-
-def _leaves_undefined(target: object) -> bool:
-    return isinstance(target, OpOverload) and target.overloadpacket in _UNDEFINED
-
-
-def _own_results(graph_module: fx.GraphModule, args: Sequence[Any]) -> list[tuple[Any, torch.Tensor | None]]:
-    """What a graph computes itself, and which elements of each result are defined by it; None: all of them.
-
-    A piece may end between the allocation of a tensor and the last write to it (rotary embeddings fill two halves).
-    """
-    if not any(_leaves_undefined(node.target) for node in graph_module.graph.nodes):
-        return [(_copied(value), None) for value in graph_module(*args)]
-    one, other = (list(map(_copied, _Filled(graph_module, value).run(*args))) for value in (0, 1))
-    return [(a, _same(a, b) if isinstance(a, torch.Tensor) else None) for a, b in zip(one, other, strict=True)]
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return (one == other) | (one.isnan() & other.isnan())
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference over the largest element; infinities and NaN must be in the same places."""
-    both = torch.isfinite(expected)
-    if not torch.equal(both, torch.isfinite(found)):
-        return float("inf")
-    one, other = found[both].double(), expected[both].double()
-    largest = float(other.abs().max()) if other.numel() else 0.0
-    return float((one - other).abs().max()) / largest if largest else float(one.abs().max() if one.numel() else 0.0)
 
 
 def _first_line(error: BaseException) -> str:
