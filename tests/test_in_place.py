@@ -21,27 +21,10 @@ from lightcache_fx.norm_splits import fewest_splits, norms_near_peaks
 from lightcache_fx.passes.chunk_regions import Chunking, chunked_copy
 from lightcache_fx.passes.split_group_norm import group_norms
 from lightcache_fx.regions import trace_region
+from toys import Resnet
 
 SIZE = 128
 VALUE = 8 * SIZE * SIZE * 4
-
-
-class Resnet(nn.Module):
-    """Two norms, two convolutions and a residual, behind a convolution that makes the residual the program's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Conv2d(1, 8, 3, padding=1)
-        self.norms = nn.ModuleList(nn.GroupNorm(4, 8) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
-        self.leave = nn.Conv2d(8, 1, 3, padding=1)
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        hidden = residual = self.enter(sample)
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            hidden = conv(F.silu(norm(hidden)))
-        result: torch.Tensor = self.leave(residual + hidden)
-        return result
 
 
 def resnet() -> Captured:

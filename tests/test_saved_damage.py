@@ -15,36 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import lightcache_fx as lc
 from lightcache_fx import Chunk, Policy
 from lightcache_fx.errors import LoadError
-from toys import Denoiser, latent, prompt
+from toys import Denoiser, Resnet, latent, prompt
 
 FULL, REUSE, PROLOGUE = (f"signature_0.{name}.pt2" for name in ("full", "reuse", "prologue"))
 SIGNATURE = "signature_0.json"
-
-
-class Chunked(nn.Module):
-    """What a budget cuts, over an input and with parts written directly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Conv2d(1, 8, 3, padding=1)
-        self.norms = nn.ModuleList(nn.GroupNorm(4, 8) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
-        self.leave = nn.Conv2d(8, 1, 3, padding=1)
-        self.eval().requires_grad_(False)
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        hidden = residual = self.enter(sample)
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            hidden = conv(F.silu(norm(hidden)))
-        result: torch.Tensor = self.leave(residual + hidden)
-        return result
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +35,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fast(latent(0), torch.tensor(9.0), prompt(0), scale=scale)
     lc.save(fast, folder / "cached")
     torch.manual_seed(0)
-    chunked = lc.transform(Chunked(), Policy(chunk=Chunk(budget=int(2.4 * 8 * 64 * 64 * 4))))
+    chunked = lc.transform(Resnet(), Policy(chunk=Chunk(budget=int(2.4 * 8 * 64 * 64 * 4))))
     chunked(torch.randn(1, 1, 64, 64))
     lc.save(chunked, folder / "chunked")
     assert lc.load(folder / "chunked")(torch.ones(1, 1, 64, 64)).shape == (1, 1, 64, 64)
@@ -590,7 +569,7 @@ def test_no_region_is_made_to_write_over_what_is_not_its_own(chunked: Path) -> N
                 accepted += 1
                 sample = torch.randn(1, 1, 64, 64)
                 torch.manual_seed(0)
-                expected = Chunked()(sample)
+                expected = Resnet()(sample)
                 for _ in range(2):
                     assert torch.allclose(loaded(sample), expected, atol=1e-5)
         edit(chunked, lambda d, n=name, r=region: d["programs"]["full"]["regions"].update({n: r}))

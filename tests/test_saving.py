@@ -29,7 +29,7 @@ from lightcache_fx import Cache, Chunk, Policy, Residual, Swap, saving
 from lightcache_fx.chunked import ChunkedRegion
 from lightcache_fx.encoding import Tree, decode, encode, encode_tree
 from lightcache_fx.errors import ArgumentError, LoadError, SaveError, SignatureError, TransformError
-from toys import Denoiser, Tower, latent, prompt
+from toys import Denoiser, Resnet, Tower, latent, prompt
 from zoo import ZOO, run_inputs
 
 BLOCKS = Residual(first="transformer_blocks.1", last="transformer_blocks.2")
@@ -133,25 +133,6 @@ def test_archives_open_by_torch_alone(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.split()) == len(given)
         assert done.stdout.count("True") == len(given) - len(bodies)
-
-
-class Resnet(nn.Module):
-    """Two norms, two convolutions and a residual, behind a convolution that makes the residual the program's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Conv2d(1, 8, 3, padding=1)
-        self.norms = nn.ModuleList(nn.GroupNorm(4, 8) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
-        self.leave = nn.Conv2d(8, 1, 3, padding=1)
-        self.eval().requires_grad_(False)
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        hidden = residual = self.enter(sample)
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            hidden = conv(F.silu(norm(hidden)))
-        result: torch.Tensor = self.leave(residual + hidden) + timestep
-        return result
 
 
 def regions_of(module: nn.Module) -> list[ChunkedRegion]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lightcache_fx as lc
@@ -119,3 +120,26 @@ class Watched:
             self(latent(100 * seed + step, conditioning.shape[0]), time, conditioning)
             for step, time in enumerate(times)
         ]
+
+
+class Resnet(nn.Module):
+    """Two norms, two convolutions and a residual, behind a convolution that makes the residual the program's own.
+
+    A budget cuts it, with results over inputs and parts written directly. Shapes: sample (B, 1, H, W) -> the same; a
+    timestep is added.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(1, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.GroupNorm(4, 8) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.leave = nn.Conv2d(8, 1, 3, padding=1)
+        self.eval().requires_grad_(False)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = residual = self.enter(sample)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            hidden = conv(F.silu(norm(hidden)))
+        result: torch.Tensor = self.leave(residual + hidden)
+        return result if timestep is None else result + timestep
