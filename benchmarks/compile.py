@@ -140,7 +140,7 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 # Seconds to compile ------------------------------------------------------------------------------------------------
 
-WAYS = ("eager", "whole", "regional", "ours", "ours, cached", "ours, as one graph")
+WAYS = ("eager", "whole", "regional", "ours, in blocks", "ours, as one graph", "ours, cached")
 
 
 def build_dit(layers: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -169,10 +169,10 @@ def compile_seconds(way: str, layers: int) -> dict[str, float]:
             step = torch.compile(dit, fullgraph=True)
         case "regional":
             dit.compile_repeated_blocks(fullgraph=True)
-        case "ours":
-            step = lc.transform(dit, lc.Policy(compile=True))
+        case "ours, in blocks":
+            step = lc.transform(dit, lc.Policy(compile=lc.Compile(blocks=True)))
         case "ours, cached":
-            step = lc.transform(dit, lc.Policy(cache=lc.Cache(cut="auto", interval=3), compile=True))
+            step = lc.transform(dit, lc.Policy(cache=lc.Cache(cut="auto", interval=3), compile=lc.Compile()))
         case "ours, as one graph":
             step = lc.transform(dit, lc.Policy(compile=lc.Compile(blocks=False)))
     begin = time.perf_counter()

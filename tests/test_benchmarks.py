@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 
 import lightcache_fx as lc
-from benchmarks import denoise, memory, plans, swap, swap_gpu, swap_plans
+from benchmarks import compile as compile_benchmark
+from benchmarks import denoise, graphs, memory, plans, swap, swap_gpu, swap_plans
 from benchmarks.common import (
     Goal,
     Spread,
@@ -29,6 +30,7 @@ from benchmarks.common import (
     tensor_bytes,
     write_json,
 )
+from lightcache_fx.policy import Compile
 from swap_cases import workload
 
 TINY = denoise.Setting(
@@ -614,3 +616,49 @@ def test_what_swap_gpu_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit):
         swap_gpu.main(arguments)
     assert message in capsys.readouterr().err
+
+
+# Compiling --------------------------------------------------------------------------------------------------------
+
+
+def test_compiling_is_held_against_the_flop_bound(monkeypatch, tmp_path):
+    """All of it but the compiler: programs and the model are run as they are, behind the compilers' interfaces."""
+    monkeypatch.setattr(compile_benchmark.lc, "Compile", lambda **_: Compile(backend="eager"))
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **_: original(module, backend="eager"))
+    small = replace(denoise.Setting(), channels=(32, 64), heads=(1, 2), layers=1, context=8, frames=2, size=(8, 8))
+    monkeypatch.setattr(compile_benchmark, "Setting", lambda **given: replace(small, steps=4, interval=2, **given))
+    out = tmp_path / "compile.json"
+    compile_benchmark.main(["--parts", "loops", "--rounds", "1", "--out", str(out)])
+    loops = json.loads(out.read_text())["loops"]
+    assert set(loops["seconds"]) == set(loops["over_eager"]) >= {"eager", "compiled", "cached and compiled"}
+    assert loops["largest_difference"] == {
+        "compiled": 0, "cached and compiled": 0, "chunked and compiled": pytest.approx(0, abs=1e-5),
+        "cached, chunked and compiled": pytest.approx(0, abs=1e-5),
+    }  # fmt: skip
+    assert 1 < loops["flop_bound"] < 2
+    gained = loops["compiled_over_cached_and_compiled"]["median"]
+    assert loops["share_of_bound"]["value"] == pytest.approx(gained / loops["flop_bound"])
+    assert loops["compile_state"]["cached and compiled"]["full"] == "eager: 1 of 1 part"
+    assert loops["compile_state"]["cached"]["full"] == "eager"
+    assert f"FLOPs allow {loops['flop_bound']:.2f}x" in out.with_suffix(".md").read_text()
+
+
+def test_seconds_to_compile_are_those_of_a_first_call(monkeypatch):
+    monkeypatch.setattr(
+        compile_benchmark.lc, "Compile", lambda **given: lc.policy.Compile(backend="aot_eager", **given)
+    )
+    whole, blocks = (compile_benchmark.compile_seconds(way, 8) for way in ("ours, as one graph", "ours, in blocks"))
+    assert (whole["parts"], blocks["parts"]) == (2, 4)
+    assert whole["first_call"] > whole["step"] > 0
+    assert "parts" not in compile_benchmark.compile_seconds("eager", 2)
+
+
+def test_graphs_are_counted_for_every_cache():
+    ours = graphs.count("pixart", graphs.ours, 3)
+    assert ours == {"graphs": 1, "breaks": 0, "compilations": 1}
+    theirs = graphs.count("flux", graphs.first_block_cache, 3)
+    assert theirs["graphs"] > 1
+    assert theirs["breaks"] > 0
+    assert theirs["compilations"] > theirs["breaks"]
+    assert "no attribute 'enable_cache'" in graphs.count("pixart", graphs.taylor_seer, 1)["reason"]
