@@ -49,7 +49,6 @@ def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compil
     told from others; what they return is overwritten by their next run, so it is copied.
     """
     from torch._dynamo import lookup_backend, mark_static_address  # a second to import
-    from torch._guards import TracingContext, tracing
     from torch._inductor import list_mode_options
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -69,12 +68,14 @@ def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compil
             return list(map(copied, made(*given)))
 
         return run
-    given = {"config_patches": options} if settings.backend == "inductor" and options else options
-    # Inductor keeps what it compiled on disk only where there is a context with a ShapeEnv, as Dynamo has one.
-    shapes = ShapeEnv(assume_static_by_default=True)
-    with tracing(TracingContext(FakeTensorMode(shape_env=shapes))):
-        function: Run = lookup_backend(settings.backend)(graph_module, list(args), **given)
-    return function
+    backend = lookup_backend(settings.backend)
+    if settings.backend != "inductor":
+        return backend(graph_module, list(args), **options)
+    # Inductor keeps what it compiled on disk only where its inputs come with a ShapeEnv, as Dynamo's do; nothing in it
+    # may be symbolic, and of a real tensor Inductor would make symbols.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(arg, static_shapes=True) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    return backend(graph_module, fakes, **({"config_patches": options} if options else {}))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lightcache_fx as lc
 from lightcache_fx.errors import LoweringError, PolicyError
-from lightcache_fx.lowering import CompileState, lower
+from lightcache_fx.lowering import _SHARED, CompileState, compiled, lower
 from oracle import assert_bitwise, plain_step
 from toys import Denoiser, latent, prompt
 from zoo import ZOO, run_inputs
@@ -239,6 +239,58 @@ def test_other_layouts_and_weights(compiler: str) -> None:
     check()
     model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()})
     check()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_tensors_anywhere_in_their_storage(compiler: str) -> None:
+    """Weights at home share one storage, and so do the samples of a batch; where they begin must not be a symbol."""
+    model = Denoiser()
+    home = torch.cat([torch.zeros(5), *(parameter.flatten() for parameter in model.parameters())])
+    begin = 5
+    for parameter in model.parameters():
+        parameter.data = home[begin : begin + parameter.numel()].view(parameter.shape)
+        begin += parameter.numel()
+    compiled = lc.transform(model, lc.Policy(compile=compiler))
+    samples = torch.cat([latent(0), latent(1), latent(2)]).split(2)
+    for sample in samples[::-1]:
+        given = {"sample": sample, "timestep": torch.tensor(5), "encoder_hidden_states": prompt(0)}
+        (found,), (expected,) = plain_step(compiled, **given), plain_step(model, **given)
+        assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_nothing_is_symbolic_for_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program is for its very sizes; a symbol among them would be one that no input defines."""
+    seen: list[torch.Tensor] = []
+
+    def spy(_graph: fx.GraphModule, inputs: list[torch.Tensor], **_: object) -> Callable[..., Any]:
+        seen.extend(inputs)
+        return lambda *args: args
+
+    monkeypatch.setattr("torch._dynamo.lookup_backend", lambda _: spy)
+    graph = fx.symbolic_trace(Denoiser().middle.layer)
+    args = [torch.randn(1, 3, 4), nn.Parameter(torch.randn(4, 4)), torch.randn(9)[5:], torch.tensor(2.0)]
+    assert compiled(graph, args, lc.Compile())(*args) == tuple(args)
+    assert len(seen) == len(args)
+    for fake, real in zip(seen, args, strict=True):
+        facts = (*fake.shape, *fake.stride(), fake.storage_offset())
+        assert all(type(fact) is int for fact in facts)
+        assert facts == (*real.shape, *real.stride(), real.storage_offset())
+
+
+def test_inductor_finds_what_it_compiled_before() -> None:
+    """On disk, by the content of a graph; ours are found too, without what this process remembers."""
+    from torch._dynamo.utils import counters
+
+    given = {"sample": latent(0), "timestep": torch.tensor(5), "encoder_hidden_states": prompt(0)}
+    settings = lc.Policy(compile=lc.Compile(options={"max_fusion_size": 63}))
+    plain_step(lc.transform(Denoiser(), settings), **given)
+    _SHARED.clear()
+    counters.clear()
+    again = lc.transform(Denoiser(), settings)
+    plain_step(again, **given)
+    parts = sum(state.compiled for state in states(again).values())
+    assert counters["inductor"]["fxgraph_cache_hit"] == parts > 0
+    assert not counters["inductor"]["fxgraph_cache_bypass"]
 
 
 def test_a_module_of_another_precision_is_compiled_anew() -> None:
