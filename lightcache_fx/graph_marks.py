@@ -37,12 +37,7 @@ class _MarkedCall:
     def __init__(self, graph: fx.Graph, path: str, number: int, name: str, nodes: list[fx.Node]) -> None:
         self.graph, self.path, self.number = graph, path, number
         self.order = {node: index for index, node in enumerate(graph.nodes)}
-        inside = set(nodes)
-        for node in nodes:  # a tuple that it returns is taken apart by its caller
-            if isinstance(node.meta.get("example_value"), tuple | list):
-                inside |= {user for user in node.users if user.target is operator.getitem}
-        self.nodes = sorted(inside, key=self.order.__getitem__)
-        self.inside = inside
+        self.nodes, self.inside = nodes, set(nodes)
         stack = nodes[0].meta["nn_module_stack"]
         names = [name for name, _ in stack.values()]
         self.around = dict(list(stack.items())[: names.index(name)])

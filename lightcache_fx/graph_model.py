@@ -90,7 +90,7 @@ def graph_model(graph_module: fx.GraphModule, inputs: Sequence[Any], frame: Fram
     for node in graph.nodes:
         node.meta["nn_module_stack"] = sources.module_stack(node.meta.get("nn_module_stack") or {})
     for node, place in zip(graph.find_nodes(op="placeholder"), sources.places, strict=True):
-        node.meta["lightcache_place"] = place
+        node.meta |= {"nn_module_stack": {}, "lightcache_place": place}  # Dynamo has the module that reads it first
         _keep_number_as_tensor(node)
     signature = sources.signature()
 
