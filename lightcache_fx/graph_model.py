@@ -158,14 +158,11 @@ def _submodule(root: nn.Module, path: str, *, is_list: bool = False) -> nn.Modul
 
 
 def _tree(leaves: Sequence[tuple[tuple[Key, ...], Any]]) -> dict[Key, Any]:
-    """A nested dict of values at their paths; what is numbered from 0 becomes a tuple."""
+    """A nested dict of values at their paths."""
     found: dict[Key, Any] = {}
-    for key in dict.fromkeys(path[0] for path, _ in leaves):
-        below = [(path[1:], value) for path, value in leaves if path[0] == key]
-        if len(below) == 1 and not below[0][0]:
-            found[key] = below[0][1]
-            continue
-        inner = _tree([leaf for leaf in below if leaf[0]])
-        is_sequence = set(inner) == set(range(len(inner)))
-        found[key] = tuple(inner[index] for index in range(len(inner))) if is_sequence else inner
+    for (*outer, last), value in leaves:
+        inner = found
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
     return found
