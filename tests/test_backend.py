@@ -61,6 +61,16 @@ def printed(module: nn.Module) -> dict[str, str]:
     return {name: renumbered(program) for name, program in lc.inspect(module).programs.items()}
 
 
+def assert_same_routes(model: nn.Module, policy: lc.Policy) -> None:
+    """A run by `transform` and one behind Dynamo give the same bits by the same programs."""
+    one, other = lc.transform(model, policy), behind(model, policy)
+    for index, time in enumerate(TIMES):
+        inputs = {"sample": latent(index), "timestep": torch.tensor(float(time))}
+        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
+    assert printed(other) == printed(one)
+    assert lc.inspect(other).counts == lc.inspect(one).counts
+
+
 # The same programs as by transform --------------------------------------------------------------------------------
 
 
@@ -117,11 +127,7 @@ def test_several_streams(cut: Any) -> None:
     torch.manual_seed(0)
     model = Streams()
     policy = lc.Policy(cache=lc.Cache(cut=cut, interval=2), compile=EAGER)
-    one, other = lc.transform(model, policy), behind(model, policy)
-    for index, time in enumerate(TIMES):
-        inputs = {"sample": latent(index), "timestep": torch.tensor(time)}
-        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
-    assert printed(other) == printed(one)
+    assert_same_routes(model, policy)
 
 
 class Entered(nn.Module):
@@ -141,11 +147,7 @@ def test_a_block_that_reads_the_models_own_input(cut: Any) -> None:
     torch.manual_seed(0)
     model = Entered()
     policy = lc.Policy(cache=lc.Cache(cut=cut, interval=2), compile=EAGER)
-    one, other = lc.transform(model, policy), behind(model, policy)
-    for index, time in enumerate(TIMES):
-        inputs = {"sample": latent(index), "timestep": torch.tensor(time)}
-        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
-    assert printed(other) == printed(one)
+    assert_same_routes(model, policy)
 
 
 class Halves(nn.Module):
@@ -176,12 +178,7 @@ def test_parts_and_repeated_calls(cut: str) -> None:
     torch.manual_seed(0)
     model = Halves()
     policy = lc.Policy(cache=lc.Cache(cut=cut, interval=2), compile=EAGER)
-    one, other = lc.transform(model, policy), behind(model, policy)
-    for index, time in enumerate(TIMES):
-        inputs = {"sample": latent(index), "timestep": torch.tensor(float(time))}
-        assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs))
-    slots = [[s.num_bytes for s in lc.inspect(module).plan.cut.slots] for module in (one, other)]
-    assert slots[0] == slots[1]
+    assert_same_routes(model, policy)
 
 
 def test_marks_are_of_what_goes_in_and_comes_out() -> None:
