@@ -247,6 +247,11 @@ def runtime_of(module: nn.Module, method: str | None = None) -> Runtime:
     _check_module("inspect", module)
     if not isinstance(module, TransformedModule) and (found := _behind_dynamo(module)):
         return found[0]
+    if isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
+        raise TransformError(
+            f"inspect: no program of this compiled {type(original).__name__} has run; compile it with"
+            f" torch.compile(..., backend='lightcache'), and call it once"
+        )
     if not isinstance(module, TransformedModule):
         raise TransformError(
             f"inspect: this {type(module).__name__} is not transformed; call lightcache_fx.transform on it"

@@ -497,6 +497,8 @@ def test_bad_settings() -> None:
         with pytest.raises((PolicyError, CutError), match=re.escape(message)):
             steps(torch.compile(model, backend="lightcache", options=options), TIMES[:1])
     torch._dynamo.reset()
+    with pytest.raises(TransformError, match=r"no program of this compiled Denoiser has run; compile it with.*call it"):
+        lc.inspect(torch.compile(Denoiser(), backend="lightcache"))
     graph = torch.fx.symbolic_trace(nn.Identity())
     compiled = lightcache(graph, [torch.ones(1)], mode="reduce-overhead", options={"compile": "eager"})
     with pytest.raises(PolicyError, match="the options say how to compile already"):
