@@ -25,6 +25,7 @@ from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError, SwapError
 from lightcache_fx.fetching import WeightsAway, aliases
 from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders
+from lightcache_fx.local_writes import written_input
 from lightcache_fx.marks import Mark, place_marks
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.opaque import bind_opaque_calls, opaque_submodules, suspect_path
@@ -292,6 +293,11 @@ def _finish(flat: FlatCall, traced: Traced, *, route: str, verified: bool) -> Ca
             new.meta["nn_module_stack"] = _strip_wrapper(node.meta.get("nn_module_stack") or {})
         mapping[node] = new
     graph.output(returned)
+    written = written_input(graph)
+    if written is not None:
+        binding = input_of(written)
+        kind = {"user": "argument"}.get(binding.kind, binding.kind)
+        raise CaptureError(f"forward writes to its {kind} {binding.name}; a step must be pure")
     place_marks(graph)
     graph_module = normalize(fx.GraphModule(traced.graph_module, graph, class_name="Capture"))
     drop_unused_inputs(graph_module.graph, ("weight", "constant"))

@@ -141,12 +141,13 @@ def alias_root(node: fx.Node) -> fx.Node:
     root = storage_root(node)
     if root.op != "placeholder":
         return root
-    while node.op == "call_function" and is_view(node) and _returns_its_argument(node):
+    while node.op == "call_function" and is_view(node) and returns_its_argument(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
 
-def _returns_its_argument(node: fx.Node) -> bool:
+def returns_its_argument(node: fx.Node) -> bool:
+    """Whether a call that may return its argument's storage does so, by a run with meta tensors."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return False

@@ -27,7 +27,7 @@ from lightcache_fx.errors import LoweringError
 from lightcache_fx.graphs import copy_graph, output_node
 from lightcache_fx.packages import Packages, Strides, part_digest
 from lightcache_fx.policy import Compile
-from lightcache_fx.repeats import graph_key, repeated_blocks, share_to_compile
+from lightcache_fx.repeats import graph_key, repeated_blocks, share_of_time, share_to_compile
 from lightcache_fx.self_checks import copied, first_difference, own_results
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
 
@@ -39,6 +39,8 @@ _COPIES = (PREFETCH, WAIT, OFFLOAD, RELEASE)
 _MAX_LAYOUTS = 4
 _PAYS = 0.3
 """Of a graph's calls; pieces cost a start of the compiler each, and fusions across their borders."""
+_LEFT = 0.1
+"""Of a graph's time, roughly: what repeated blocks leave is not worth a compiler's time where it is no more."""
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
@@ -190,6 +192,9 @@ def _lowered_in_pieces(
             part += blocks.get(node) != block
             block = blocks.get(node)
             numbers[node] = part
+    rest = {node for node, number in numbers.items() if node not in blocks and number not in staying}
+    if blocks and share_of_time(gm.graph, rest) <= _LEFT:
+        staying |= {numbers[node] for node in rest}
     whole = split_module(gm, gm, numbers.__getitem__, keep_original_order=True)
     for child, module in list(whole.named_children()):
         number = int(child.rpartition("_")[2]) if child.startswith("submod_") else None
@@ -293,7 +298,7 @@ class _Compiled:
         except Exception as error:
             raise LoweringError(
                 f"compile: {self._by(packaged)} failed on program {self.name}: {type(error).__name__}:"
-                f" {_first_line(error)}; {_next_step(packaged)}"
+                f" {_first_line(error)}; {self._next_step(packaged)}"
             ) from error
         if own is not None:
             self._refuse_differences(results, own, packaged)
@@ -314,6 +319,13 @@ class _Compiled:
     def _by(self, packaged: Run | None) -> str:
         return f"backend {self.settings.backend!r}" if packaged is None else "the saved package"
 
+    def _next_step(self, packaged: Run | None) -> str:
+        if packaged is not None:
+            return "save the module again, or load it without compiled=True"
+        if self.settings.backend in ("eager", "aot_eager"):
+            return "leave compile out"
+        return "try Compile(backend='aot_eager') to see whether the compiler is at fault, or leave compile out"
+
     def _copy(self) -> fx.GraphModule:
         """Compilers rewrite the graph that they are given."""
         graph, _ = copy_graph(self.graph_module.graph)
@@ -328,16 +340,8 @@ class _Compiled:
                 f"compile: {self._by(packaged)} computes something else than program {self.name} does: result"
                 f" {found.index} is {found.off:.1e} of its largest element off, where rounding accounts for"
                 f" {found.bound:.0e} at most;"
-                f" {_next_step(packaged) if packaged else 'use another backend, or leave compile out'}"
+                f" {self._next_step(packaged) if packaged else 'use another backend, or leave compile out'}"
             )
-
-
-def _next_step(packaged: Run | None) -> str:
-    if packaged is not None:
-        return "save the module again, or load it without compiled=True"
-    return (
-        "try Policy(compile=Compile(backend='aot_eager')) to see whether the compiler is at fault, or leave compile out"
-    )
 
 
 def _first_line(error: BaseException) -> str:

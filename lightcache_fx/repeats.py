@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from lightcache_fx.graphs import layout_of, module_stack
+from lightcache_fx.costs import is_free, machine_of
+from lightcache_fx.flops import count_flops
+from lightcache_fx.graphs import layout_of, module_stack, num_bytes, tensors_of
 
 SMALLEST = 10
 """A module of fewer calls is not worth compiling apart: it would cost more in fusions than it saves."""
@@ -79,6 +81,18 @@ def share_to_compile(graph: fx.Graph, blocks: Mapping[fx.Node, str]) -> float:
     different = {_key_of(body): len(body) for body in bodies.values()}
     count = len(_calls(graph))
     return (count - len(blocks) + sum(different.values())) / max(1, count)
+
+
+def share_of_time(graph: fx.Graph, nodes: Container[fx.Node]) -> float:
+    """How much of a graph's time these calls take, roughly, when one runs after the other; from 0 to 1."""
+    machine = machine_of(graph, cuda=any(tensor.is_cuda for node in graph.nodes for tensor in tensors_of(node)))
+    flops = count_flops(graph)
+    seconds = {
+        node: machine.seconds(flops[node], machine.moving(num_bytes(node) + sum(map(num_bytes, node.all_input_nodes))))
+        for node in _calls(graph)
+        if not is_free(node, flops[node])
+    }
+    return sum(time for node, time in seconds.items() if node in nodes) / max(sum(seconds.values()), 1e-9)
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:

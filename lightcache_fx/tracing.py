@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import CallLayout, method_of
 from lightcache_fx.errors import ArgumentError, CaptureError
-from lightcache_fx.graphs import GraphInput, schema_of
+from lightcache_fx.graphs import GraphInput
+from lightcache_fx.local_writes import without_local_writes, writes_in_place
 from lightcache_fx.marks import Mark, marked_modules
 
 WRAPPER = "model"
@@ -117,8 +118,12 @@ def trace_by_export(flat: FlatCall, tensors: tuple[torch.Tensor, ...], *, fake: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, strict=False)
-        if any((schema := schema_of(node)) is not None and schema.is_mutable for node in program.graph.nodes):
-            program = program.run_decompositions({})
+        graph_module = program.graph_module
+        if writes_in_place(graph_module.graph):
+            functional = without_local_writes(graph_module)
+            if functional is None:
+                program = program.run_decompositions({})
+            graph_module = functional or program.graph_module
     signature = program.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
@@ -144,7 +149,7 @@ def trace_by_export(flat: FlatCall, tensors: tuple[torch.Tensor, ...], *, fake: 
             inputs.append(GraphInput("user", leaf.name, leaf.rate))
         else:
             raise CaptureError(f"forward uses a {spec.kind.name.lower()} input, which has no place in a static program")
-    return Traced(program.graph_module, inputs, constants)
+    return Traced(graph_module, inputs, constants)
 
 
 def trace_real_tensors(flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Traced:

@@ -292,6 +292,42 @@ def test_runs_branches_and_interruptions() -> None:
     assert lc.inspect(other).counts == lc.inspect(one).counts
 
 
+@pytest.mark.parametrize(
+    "name", ["wan", *(pytest.param(name, marks=pytest.mark.slow) for name in (*FAST, *SLOW) if name != "wan")]
+)
+def test_a_run_with_everything_on_compiles_nothing_anew(name: str) -> None:
+    model, make_inputs = ZOO[name].build()
+    policy = lc.Policy(
+        cache=lc.Cache(cut="auto", interval=8), swap=lc.Swap(budget="90%"), chunk=lc.Chunk(budget="95%"), compile=EAGER
+    )
+    inputs = run_inputs(make_inputs, 0, 25)
+    whole = lc.transform(model, policy.model_copy(update={"compile": None}))
+    expected = [plain_step(whole, **given) for given in inputs]
+    lc.reset(whole)
+    compiled = behind(model, policy, fullgraph=True)
+    for given in inputs[:9]:  # one full step, the reuse steps behind it and the next full one
+        plain_step(compiled, **given)
+    warm = compilations(compiled)
+    lc.reset(compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for given, wanted in zip(inputs, expected, strict=True):
+            assert_bitwise(plain_step(compiled, **given), wanted)
+    assert compilations(compiled) == warm > 0
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    full = lc.inspect(compiled).programs["full"]
+    assert full.transfers.moves
+    assert full.num_regions
+
+
+def compilations(module: nn.Module) -> int:
+    """How often a part of the module's programs has been compiled; one that several programs have counts for each."""
+    (graph,) = graphs_of(module)
+    assert graph.runtime is not None
+    states = [bound.compile_state for made in graph.runtime.compiled.values() for bound in made.bound.values()]
+    return sum(state.compiled for state in states if state is not None)
+
+
 def test_no_recompilation_in_a_run_with_everything_on() -> None:
     model = Tower()
     policy = lc.Policy(

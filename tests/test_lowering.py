@@ -18,11 +18,13 @@ import lightcache_fx as lc
 from lightcache_fx.errors import LoweringError, PolicyError
 from lightcache_fx.lowering import _SHARED, CompileState, compiled, lower
 from oracle import assert_bitwise, plain_step
+from pretend_device import DEVICE, OnDevice, pretended
 from toys import Denoiser, latent, prompt
 from zoo import ZOO, run_inputs
 
 TIMES = [981, 884, 787, 690, 593, 496, 399]
 UNETS = ["sd", "svd", "animatediff", "modelscope"]
+CACHED = lc.Policy(cache=lc.Cache(cut=0, interval=3))
 DITS = ["flux", "wan", "cogvideox", "hunyuanvideo", "pixart"]
 
 
@@ -162,11 +164,11 @@ def test_only_what_a_piece_defines_is_compared(
 class Stack(nn.Module):
     """Equal blocks between a first and a last layer; every other one is narrower where `mixed`."""
 
-    def __init__(self, num_blocks: int, *, mixed: bool = False) -> None:
+    def __init__(self, num_blocks: int, *, mixed: bool = False, last: int = 4) -> None:
         super().__init__()
         self.first = nn.Linear(4, 8)
         self.blocks = nn.ModuleList(Feed(12 if mixed and index % 2 else 16) for index in range(num_blocks))
-        self.last = nn.Linear(8, 4)
+        self.last = nn.Linear(8, last)
         self.eval().requires_grad_(False)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -200,15 +202,24 @@ def test_equal_blocks_are_compiled_once(compiler: str, mixed: bool, different: i
             (found,) = plain_step(module, **given)
             assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     of_blocks, of_whole = states(by_block)["full"], states(whole)["full"]
-    assert (of_blocks.pieces, len(of_blocks.parts)) == (12 + 2, different + 2)
-    assert of_blocks.compiled == different + 2
+    assert (of_blocks.pieces, len(of_blocks.parts)) == (12, different)
+    assert of_blocks.compiled == different
     assert (of_whole.pieces, of_whole.compiled) == (1, 1)
+
+
+@pytest.mark.parametrize(("width", "is_compiled"), [(8, False), (20_000, True)])
+def test_what_blocks_leave_is_compiled_where_it_takes_time(width: int, is_compiled: bool) -> None:
+    model = Stack(12, last=width)
+    compiled = lc.transform(model, lc.Policy(compile=lc.Compile(backend="aot_eager")))
+    given = {"sample": latent(0), "timestep": torch.tensor(0.5)}
+    assert_bitwise(plain_step(compiled, **given), plain_step(model, **given))
+    assert states(compiled)["full"].pieces == (14 if is_compiled else 12)
 
 
 def test_few_blocks_stay_in_one_graph() -> None:
     model = Stack(2)
     given = {"sample": latent(0), "timestep": torch.tensor(0.5)}
-    for blocks, pieces in ((None, 1), (True, 4)):
+    for blocks, pieces in ((None, 1), (True, 4)):  # the ends take a good part of the time of so few
         module = lc.transform(model, lc.Policy(compile=lc.Compile(backend="aot_eager", blocks=blocks)))
         assert_bitwise(plain_step(module, **given), plain_step(model, **given))
         assert states(module)["full"].pieces == pieces
@@ -301,6 +312,26 @@ def test_a_module_of_another_precision_is_compiled_anew() -> None:
         model.double()
         given = latent(0).double(), torch.tensor(5), prompt(0).double()
         assert torch.equal(compiled(*given), model(*given))
+
+
+def test_a_module_that_is_moved_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device it computes there, with the weights that are there, in a run that begins anew."""
+    model, times = Denoiser(), TIMES[:4]
+    expected = steps(lc.transform(model, CACHED), times)
+    compiled = lc.transform(model, CACHED.model_copy(update={"compile": lc.Compile(backend="eager")}))
+    with pretended(monkeypatch):
+        assert_bitwise(steps(compiled, times), expected)
+        model.to(DEVICE)
+        with pytest.raises(RuntimeError, match="to be on the same device"):
+            steps(compiled, times[:1])
+        inputs = [(latent(i).to(DEVICE), torch.tensor(t).to(DEVICE), prompt(0).to(DEVICE)) for i, t in enumerate(times)]
+        with torch.no_grad():
+            found = [compiled(*given) for given in inputs]
+        assert all(isinstance(tensor, OnDevice) for tensor in found)
+        assert_bitwise([tensor.cpu() for tensor in found], expected)
+        model.to("cpu")
+        assert_bitwise(steps(compiled, times), expected)
+    assert lc.inspect(compiled).counts["full"] == 2 + 2 + 2
 
 
 def test_layouts_are_bounded() -> None:
