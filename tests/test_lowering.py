@@ -207,7 +207,7 @@ def test_equal_blocks_are_compiled_once(compiler: str, mixed: bool, different: i
     assert (of_whole.pieces, of_whole.compiled) == (1, 1)
 
 
-@pytest.mark.parametrize(("width", "is_compiled"), [(8, False), (20_000, True)])
+@pytest.mark.parametrize(("width", "is_compiled"), [(8, False), (1_000_000, True)])
 def test_what_blocks_leave_is_compiled_where_it_takes_time(width: int, is_compiled: bool) -> None:
     model = Stack(12, last=width)
     compiled = lc.transform(model, lc.Policy(compile=lc.Compile(backend="aot_eager")))
