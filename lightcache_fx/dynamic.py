@@ -44,7 +44,9 @@ Values = Mapping[sympy.Symbol, int]
 
 def may_be_dynamic(policy: Policy, method: str) -> bool:
     """Whether one capture may serve several sizes: what is planned in bytes is planned for each size by itself."""
-    in_bytes = policy.chunk is not None or policy.is_about_memory() or (policy.decode is not None and method != "forward")
+    in_bytes = (
+        policy.chunk is not None or policy.is_about_memory() or (policy.decode is not None and method != "forward")
+    )
     with_graphs = policy.compile is not None and policy.compile.mode in WITH_CUDA_GRAPHS
     return policy.dynamic is not False and not in_bytes and not with_graphs
 
@@ -52,7 +54,9 @@ def may_be_dynamic(policy: Policy, method: str) -> bool:
 def pattern_of(layout: CallLayout) -> CallLayout:
     """The layout with every size that may vary left out: equal for calls that one dynamic capture may serve."""
     types = tuple(
-        TensorType(tuple(-1 if size >= _SMALLEST else size for size in t.shape), None if t.strides is None else (), *t[2:])
+        TensorType(
+            tuple(-1 if size >= _SMALLEST else size for size in t.shape), None if t.strides is None else (), *t[2:]
+        )
         for t in layout.tensor_types
     )
     return replace(layout, tensor_types=types)
@@ -144,7 +148,9 @@ class Sizes:
         for symbol, value in values.items():
             if value < _SMALLEST:
                 return f"{symbol} is {value}"
-        for leaf, type_, shape, strides in zip(layout.leaves, layout.tensor_types, self.shapes, self.strides, strict=True):
+        for leaf, type_, shape, strides in zip(
+            layout.leaves, layout.tensor_types, self.shapes, self.strides, strict=True
+        ):
             for dim, (size, expr) in enumerate(zip(type_.shape, shape, strict=True)):
                 if at(expr, values) != size:
                     return f"{leaf.name}.shape[{dim}] is {size}, where {_where(expr, values)} is expected"
@@ -208,7 +214,7 @@ def _environment_of(graph: fx.Graph) -> ShapeEnv | None:
 
 
 def _conditions(environment: ShapeEnv) -> tuple[sympy.Basic, ...]:
-    """What a trace took for granted: its guards, and the range of each symbol, in terms of the symbols that are left."""
+    """What a trace took for granted of the symbols that are left: its guards, and the range of each symbol."""
     found: dict[sympy.Basic, None] = {}
     for guard in environment.guards:
         found[environment.replace(guard.expr)] = None
@@ -290,7 +296,9 @@ class DynamicSizes:
     def _candidates(self, alike: Sequence[Compiled], call: Call) -> list[tuple[Varying, Compiled | None]]:
         """Dimensions to leave open, and what is known for the size at which to begin."""
         if not alike:
-            every = {i: tuple(dim for dim, n in enumerate(t.shape) if n >= _SMALLEST) for i, t in enumerate(call.tensors)}
+            every = {
+                i: tuple(dim for dim, n in enumerate(t.shape) if n >= _SMALLEST) for i, t in enumerate(call.tensors)
+            }
             return [({i: dims for i, dims in every.items() if dims}, None)] if self.policy.dynamic else []
         found = [differences(made.capture.layout, call.layout) for made in alike]
         nearest, base = min(zip(found, alike, strict=True), key=lambda pair: sum(map(len, pair[0].values())))
@@ -322,28 +330,31 @@ class DynamicSizes:
         self, varying: Varying, call: Call, base: Compiled | None, state: ModuleState
     ) -> DynamicCapture | None:
         """A dynamic capture for two sizes, checked at both; None where that cannot be, and why is logged."""
-        first = call if base is None else resized(call, base.capture.layout)
         try:
-            captured = capture(self.module, first, mark=self.mark, varying=varying)
-            sizes = Sizes.of(captured)
-            fixed = sizes.fixed(varying)
-            if not sizes.symbols or (base is not None and fixed):
-                raise CaptureError(f"the trace has made numbers of sizes that vary: {', '.join(fixed)}")
-            if why := sizes.why_not(first.layout) or sizes.why_not(call.layout):
-                raise CaptureError(why)
-            plan = make_plan(with_numbers(captured, sizes, first.layout), self.policy, self.module)
-            if base is not None:
-                _check_cut(captured, plan, base)
-                check_at_another_size(captured, self.module, call)
-            captured = replace(captured, route=f"{captured.route}, {sizes}")
-            dynamic = DynamicCapture(captured, sizes, plan)
-            if why := self._beyond_limits(dynamic, call.layout):
-                raise CaptureError(why)
-            dynamic.made = self._build(Signature(captured, plan, state, dynamic=dynamic), plan)
+            dynamic = self._made(varying, call, base, state)
         except Exception as error:  # noqa: BLE001 - whatever it is, a capture for this size alone has its turn
             log.info("%s: sizes stay fixed: %s", type(self.module).__name__, explain_failure(error))
             return None
-        log.info("%s: one capture for sizes that vary: %s", type(self.module).__name__, sizes)
+        log.info("%s: one capture for sizes that vary: %s", type(self.module).__name__, dynamic.sizes)
+        return dynamic
+
+    def _made(self, varying: Varying, call: Call, base: Compiled | None, state: ModuleState) -> DynamicCapture:
+        first = call if base is None else resized(call, base.capture.layout)
+        captured = capture(self.module, first, mark=self.mark, varying=varying)
+        sizes = Sizes.of(captured)
+        fixed = sizes.fixed(varying)
+        if not sizes.symbols or (base is not None and fixed):
+            raise CaptureError(f"the trace has made numbers of sizes that vary: {', '.join(fixed)}")
+        if why := sizes.why_not(first.layout) or sizes.why_not(call.layout):
+            raise CaptureError(why)
+        plan = make_plan(with_numbers(captured, sizes, first.layout), self.policy, self.module)
+        if base is not None:
+            _check_cut(captured, plan, base)
+            check_at_another_size(captured, self.module, call)
+        dynamic = DynamicCapture(replace(captured, route=f"{captured.route}, {sizes}"), sizes, plan)
+        if why := self._beyond_limits(dynamic, call.layout):
+            raise CaptureError(why)
+        dynamic.made = self._build(Signature(dynamic.capture, plan, state, dynamic=dynamic), plan)
         return dynamic
 
     def _for_size(self, dynamic: DynamicCapture, call: Call, state: ModuleState) -> Compiled:
@@ -351,7 +362,9 @@ class DynamicSizes:
         made = dynamic.made
         assert made is not None
         captured = replace(dynamic.capture, layout=call.layout)
-        return Compiled(Signature(captured, dynamic.plan, state, dynamic=dynamic), dynamic.plan, made.programs, made.bound)
+        return Compiled(
+            Signature(captured, dynamic.plan, state, dynamic=dynamic), dynamic.plan, made.programs, made.bound
+        )
 
     def _beyond_limits(self, dynamic: DynamicCapture, layout: CallLayout) -> str:
         """Which of the policy's limits, which are in bytes, the plan does not keep at a size; empty for none."""
@@ -359,7 +372,10 @@ class DynamicSizes:
         nodes = {node.name: node for node in dynamic.capture.graph_module.graph.nodes}
         auto = cache.cut if cache is not None and isinstance(cache.cut, Auto) else None
         limits = {
-            "max_kept_bytes": (auto and auto.max_kept_bytes, [slot.node for slot in plan.cut.slots] if plan.cut else []),
+            "max_kept_bytes": (
+                auto.max_kept_bytes if auto is not None else None,
+                [slot.node for slot in plan.cut.slots] if plan.cut else [],
+            ),
             "max_hoisted_bytes": (self.policy.max_hoisted_bytes, [value.node for value in plan.hoist.values]),
         }
         for name, (limit, kept) in limits.items():
@@ -386,7 +402,7 @@ def _check_cut(captured: Capture, plan: Plan, base: Compiled) -> None:
         raise CaptureError(f"the cut would be {now}, where it is {before} at the size before")
 
 
-def _cut_of(graph: fx.Graph, plan: Plan) -> list[Sequence[object]]:
+def _cut_of(graph: fx.Graph, plan: Plan) -> list[list[object]]:
     """What a cut keeps, told by where it is made and not by the names of nodes."""
     nodes = {node.name: node for node in graph.nodes}
 
@@ -394,7 +410,7 @@ def _cut_of(graph: fx.Graph, plan: Plan) -> list[Sequence[object]]:
         return () if name is None else (module_path(nodes[name]), str(nodes[name].target))
 
     slots = plan.cut.slots if plan.cut is not None else ()
-    return [(*place(slot.node), *place(slot.base), slot.num_bytes) for slot in slots]
+    return [[*place(slot.node), *place(slot.base), slot.num_bytes] for slot in slots]
 
 
 def with_numbers(captured: Capture, sizes: Sizes, layout: CallLayout) -> Capture:
@@ -405,7 +421,9 @@ def with_numbers(captured: Capture, sizes: Sizes, layout: CallLayout) -> Capture
 
     def number(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            shape, stride = ([int(at(sympy.sympify(expression(n)), values)) for n in of] for of in (value.shape, value.stride()))
+            shape, stride = (
+                [int(at(sympy.sympify(expression(n)), values)) for n in of] for of in (value.shape, value.stride())
+            )
             with mode:
                 return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
@@ -430,7 +448,7 @@ _PYTHON: dict[type, Callable[[Any], Any]] = {torch.SymInt: int, torch.SymFloat: 
 
 
 def resized(call: Call, layout: CallLayout) -> Call:
-    """A call of another size: its tensors cut off, or repeated from their beginning, and laid out as that call's were."""
+    """A call of another size: its tensors cut off, or begun again, and laid out as that call's were."""
     tensors = tuple(
         tensor if tensor.shape == type_.shape else _resized(tensor, type_)
         for tensor, type_ in zip(call.tensors, layout.tensor_types, strict=True)

@@ -296,13 +296,13 @@ class _Compiled:
         begun = time.perf_counter()
         own = own_results(self.graph_module, args) if self.settings.check else None
         if self.varying and (found := self._at_this_size(args, own)) is not None:
-            self._by_layout[key], results = found
+            self._by_layout[key] = found[0]
             self.seconds += time.perf_counter() - begun
-            return results
+            return found[1]
         packaged = self._packaged(key)
         try:
             run = packaged or compiled(self._copy(), args, self.settings)
-            results = run(*args)
+            results: Sequence[Any] = run(*args)
         except Exception as error:
             raise LoweringError(
                 f"compile: {self._by(packaged)} failed on program {self.name}: {type(error).__name__}:"
@@ -323,10 +323,11 @@ class _Compiled:
         if self._fixed:
             return None
         try:
-            if self._for_sizes is None:
-                self._for_sizes = compiled_for_sizes(self._copy(), self.settings, self._note)
+            made = self._for_sizes
+            if made is None:
+                made = compiled_for_sizes(self._copy(), self.settings, self._note)
             with marked(args, self.varying):
-                results: Sequence[Any] = self._for_sizes(*args)
+                results = list(made(*args))
             if own is not None:
                 self._refuse_differences(results, own, None)
         except Exception as error:  # noqa: BLE001 - whatever it is, the graph is compiled for this size alone
@@ -335,12 +336,13 @@ class _Compiled:
                 self.name,
                 self.settings.backend,
                 type(error).__name__,
-                _first_line(error),
+                _first_line(error, lines=2),  # Dynamo has the compiler's own error in the second
             )
             self._for_sizes, self._fixed = None, True
             self._by_layout.clear()
             return None
-        return self._for_sizes, results
+        self._for_sizes = made
+        return made, results
 
     def _note(self) -> None:
         self.times += 1
@@ -382,6 +384,6 @@ def _next_step(packaged: Run | None) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+def _first_line(error: BaseException, *, lines: int = 1) -> str:
+    found = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(found[:lines])[:300] if found else "no message"

@@ -88,7 +88,8 @@ def save(
     Raises:
         ArgumentError: `module` is not transformed.
         SaveError: it has no programs but those of sizes that vary, they cannot run without the model's class or are
-            swapped, `weights` are others, they cannot be compiled ahead of time, or the folder exists. Nothing was written.
+            swapped, `weights` are others, they cannot be compiled ahead of time, or the folder exists. Nothing was
+            written.
     """
     if not isinstance(module, TransformedModule):
         raise ArgumentError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lightcache_fx.graphs import placeholders
+from lightcache_fx.graphs import expression, placeholders
 from lightcache_fx.policy import Compile
 
 _MARKS = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
@@ -24,7 +24,7 @@ def varying_arguments(graph: fx.Graph) -> dict[int, list[int]]:
     for index, node in enumerate(placeholders(graph)):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            dims = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+            dims = [dim for dim, size in enumerate(map(expression, value.shape)) if not isinstance(size, int)]
             if dims:
                 found[index] = dims
     return found
@@ -49,8 +49,8 @@ def compiled_for_sizes(
         options = {"config_patches": patches} if patches else {}
 
     def counted(given: fx.GraphModule, inputs: Sequence[Any], **_: object) -> Callable[..., Any]:
-        note()
         made: Callable[..., Any] = backend(given, list(inputs), **options)
+        note()
         return made
 
     made: Callable[..., Sequence[Any]] = torch.compile(graph_module, fullgraph=True, backend=counted)

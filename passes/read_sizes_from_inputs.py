@@ -78,7 +78,7 @@ def _computed(graph: fx.Graph, wanted: sympy.Expr, sizes: dict[sympy.Symbol, tup
         symbol: fx.Proxy(graph.call_function(_SIZE, sizes[symbol]), tracer)
         for symbol in sorted(wanted.free_symbols, key=str)
     }
-    result = sympy_interp(PythonReferenceAnalysis, made, wanted)  # type: ignore[no-untyped-call]
+    result = sympy_interp(PythonReferenceAnalysis, made, wanted)
     for node in graph.nodes:
         if node not in before:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
