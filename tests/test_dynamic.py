@@ -219,6 +219,20 @@ def test_cuts_are_those_of_the_first_size(cut: Any, captures: Captures) -> None:
     assert first.plan.cut.reuse_flops == last.plan.cut.reuse_flops
 
 
+def test_another_cut_than_that_of_the_first_size_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `auto` finds may depend on sizes; here another cut is planned outright."""
+    other, plan = Policy(cache=Cache(cut="inner", interval=2)), dynamic_module.make_plan
+    monkeypatch.setattr(dynamic_module, "make_plan", lambda captured, _, module: plan(captured, other, module))
+    model = Denoiser()
+    transformed = lc.transform(model, Policy(cache=Cache(cut=["middle", "inner"], interval=2)))
+    for batch in (2, 3):
+        check(model, transformed, **at_batch(batch))
+    assert is_dynamic(transformed) == [False, False]
+    assert told(caplog, "sizes stay fixed: CaptureError: the cut would be [[")
+
+
 def test_a_reuse_step_computes_nothing_for_the_sake_of_a_size() -> None:
     """The toy's last layer asks a value inside the cut for its size."""
 
