@@ -93,6 +93,10 @@ class CallLayout:
         """Whether calls follow one another as denoising steps do: one of its inputs changes every step."""
         return any(leaf.rate == "step" for leaf in self.leaves)
 
+    def shapes(self) -> str:
+        """The shape of each tensor by its name, for messages."""
+        return ", ".join(f"{leaf.name} {t.shape}" for leaf, t in zip(self.leaves, self.tensor_types, strict=True))
+
     def rebuild(self, tensors: Sequence[object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's `(args, kwargs)` with `tensors` in the tensor places."""
         flat: list[object] = [None] * (len(self.constants) + len(self.positions))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.opaque import bind_opaque_calls, opaque_submodules, suspect_path
 from lightcache_fx.rates import draws_random_numbers
 from lightcache_fx.stand_ins import forget_fetches, stand_ins
-from lightcache_fx.tracing import WRAPPER, FlatCall, Traced, trace_by_export, trace_real_tensors
+from lightcache_fx.tracing import WRAPPER, FlatCall, Traced, Varying, trace_by_export, trace_real_tensors
 from lightcache_fx.verify import check_against_eager
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,14 @@ class Capture:
         return pytree.tree_unflatten(flat, self.output_spec)
 
 
-def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = (), away: WeightsAway | None = None) -> Capture:
+def capture(
+    module: nn.Module,
+    call: Call,
+    *,
+    mark: Sequence[str] = (),
+    away: WeightsAway | None = None,
+    varying: Varying = MappingProxyType({}),
+) -> Capture:
     """Capture `module` for the shapes, dtypes, devices and constants of `call`.
 
     Args:
@@ -81,6 +89,8 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = (), away: We
         away: weights that stay where they are, elsewhere than where the module computes. The module is then traced with
             stand-ins for all of its weights, on the device, and every run that is needed copies what each operation
             reads. By default all weights are where the module computes. Of no effect where tensors are fake.
+        varying: dimensions whose sizes the graph may leave open. Only `torch.export` says what it takes for granted of
+            them, so no other route is tried.
 
     Raises:
         CaptureError: the module is in training mode, writes to its own weights or inputs, or no route can trace it; the
@@ -99,11 +109,8 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = (), away: We
     # Inference tensors cannot be versioned or exported, so everything here runs outside inference mode.
     with CAPTURE_LOCK.capturing(), torch.inference_mode(False), torch.no_grad():
         call = Call(call.layout, tuple(_own(call.tensors)))
-        before = ModuleState.take(module)
         weights = {name: table[key] for name, (table, key) in weight_slots(module).items()}
-        buffers = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in module.named_buffers()]
-        vars(module).pop("forward", None)  # an offload hook around the drop-in, which is what calls us
-        try:
+        with _put_back(module) as buffers:
             if not fake:
                 with away.fetched(module) if away is not None else nullcontext():
                     call.run(module)
@@ -113,16 +120,11 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = (), away: We
                     f"{call.layout.method} of {type(module).__name__} writes to its buffer {written[0]}; a step must be"
                     f" pure"
                 )
-            attempt = _Attempt(module, call, tuple(mark), fake, weights, away)
+            attempt = _Attempt(module, call, tuple(mark), fake, weights, away, varying=varying)
             captured = attempt.by_all_routes()
             if captured is None and call.layout.integers:  # an index, say, which a float64 tensor cannot be
-                attempt = _Attempt(module, call, tuple(mark), fake, weights, away, whole_numbers=True)
+                attempt = _Attempt(module, call, tuple(mark), fake, weights, away, whole_numbers=True, varying=varying)
                 captured = attempt.by_all_routes()
-        finally:
-            for _, buffer, version, content in buffers:
-                if buffer._version != version:
-                    buffer.copy_(content)
-            before.restore()
     if captured is not None:
         if call.layout.has_generator and any(map(draws_random_numbers, captured.graph_module.graph.nodes)):
             raise CaptureError(
@@ -136,6 +138,38 @@ def capture(module: nn.Module, call: Call, *, mark: Sequence[str] = (), away: We
         f"{type(module).__name__} cannot be captured as one static graph: {'; '.join(attempt.failures)}; make that line"
         f" independent of tensor values, or leave this model untransformed"
     )
+
+
+def check_at_another_size(captured: Capture, module: nn.Module, call: Call) -> None:
+    """Compare a graph whose sizes are symbols with the eager model, for a call of other sizes than it was captured for.
+
+    The module is left as it was.
+
+    Raises:
+        CaptureMismatchError: it computes something else.
+    """
+    refuse_autocast(call)
+    with CAPTURE_LOCK.capturing(), torch.inference_mode(False), torch.no_grad(), _put_back(module):
+        call = Call(call.layout, tuple(_own(call.tensors)))
+        check_against_eager(replace(captured, layout=call.layout), module, call)
+
+
+_Buffer = tuple[str, torch.Tensor, int, torch.Tensor]
+
+
+@contextmanager
+def _put_back(module: nn.Module) -> Iterator[list[_Buffer]]:
+    """Put a module back as it was, its buffers with it; yields each one's name, version and content."""
+    before = ModuleState.take(module)
+    buffers = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in module.named_buffers()]
+    vars(module).pop("forward", None)  # an offload hook around the drop-in, which is what calls us
+    try:
+        yield buffers
+    finally:
+        for _, buffer, version, content in buffers:
+            if buffer._version != version:
+                buffer.copy_(content)
+        before.restore()
 
 
 _Trace = Callable[[FlatCall, tuple[torch.Tensor, ...]], Traced]
@@ -154,10 +188,11 @@ class _Attempt:
         away: WeightsAway | None = None,
         *,
         whole_numbers: bool = False,
+        varying: Varying = MappingProxyType({}),
     ) -> None:
         self.module, self.call, self.mark, self.fake, self.weights = module, call, mark, fake, weights
         self.away = away if not fake else None
-        self.whole_numbers = whole_numbers
+        self.whole_numbers, self.varying = whole_numbers, varying
         self.state = ModuleState.take(module)
         self.failures: list[str] = []
         self.mismatch: CaptureMismatchError | None = None
@@ -165,6 +200,8 @@ class _Attempt:
 
     def by_all_routes(self) -> Capture | None:
         """The first route's capture that passes the check."""
+        if self.varying:
+            return self.by("export", self._export)
         return self.by("export", self._export) or self.by_opaque_submodules() or self.by("trace", self._trace_runs)
 
     def by(self, route: str, trace: _Trace, *, around: AbstractContextManager[None] | None = None) -> Capture | None:
@@ -177,6 +214,8 @@ class _Attempt:
                 traced = _own_lazy_weights(trace(flat, self.call.tensors), self.module, self.weights)
                 self._check_constants(traced)
                 captured = _finish(flat, traced, route=route, verified=not self.fake)
+                if self.varying:
+                    _read_sizes_from_inputs(captured.graph_module)
             if not self.fake:
                 with self._fetched():
                     check_against_eager(captured, self.module, self.call)
@@ -205,7 +244,7 @@ class _Attempt:
 
     def _export(self, flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Traced:
         if self.away is None:
-            return trace_by_export(flat, tensors, fake=self.fake)
+            return trace_by_export(flat, tensors, fake=self.fake, varying=self.varying)
         with stand_ins(self.module, tensors, self.away.device) as fakes:
             return trace_by_export(flat, fakes)
 
@@ -309,6 +348,14 @@ def _finish(flat: FlatCall, traced: Traced, *, route: str, verified: bool) -> Ca
     return Capture(
         graph_module, constants, record.spec, record.constants, tuple(record.marks), route, verified, flat.layout
     )
+
+
+def _read_sizes_from_inputs(graph_module: fx.GraphModule) -> None:
+    from lightcache_fx.passes import run_passes
+    from lightcache_fx.passes.read_sizes_from_inputs import read_sizes_from_inputs
+
+    run_passes(graph_module.graph, [("read_sizes_from_inputs", read_sizes_from_inputs)])
+    graph_module.recompile()
 
 
 def _identifier(name: str) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lightcache_fx.calls import CapturedCall
 from lightcache_fx.handover import HandOver
 from lightcache_fx.module_state import ModuleState
 from lightcache_fx.plan import Plan
 from lightcache_fx.program import BoundProgram, Program
+
+if TYPE_CHECKING:
+    from lightcache_fx.dynamic import DynamicCapture
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +25,7 @@ class Signature:
         state: kept so that the objects whose identity is in the key stay alive.
         compiled: what was made of it, by how many calls a denoising step has.
         beside: likewise, where calls of other signatures keep something too; by the bytes of that as well.
+        dynamic: the capture of sizes that vary whose programs these are; None where the capture is of this size alone.
     """
 
     capture: CapturedCall
@@ -28,6 +33,7 @@ class Signature:
     state: ModuleState
     compiled: dict[int, Compiled] = field(default_factory=dict)
     beside: dict[tuple[int, int], Compiled] = field(default_factory=dict)
+    dynamic: DynamicCapture | None = None
 
     def made(self, branches: int, beside: int) -> Compiled | None:
         """What was made for a step of so many calls, beside so many bytes of others."""

@@ -45,6 +45,11 @@ def input_of(node: fx.Node) -> GraphInput:
     return found
 
 
+def is_only_measured(node: fx.Node) -> bool:
+    """Whether of an input nothing is read but its sizes."""
+    return bool(node.users) and all(isinstance(user.meta.get("val"), int | torch.SymInt) for user in node.users)
+
+
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """The inputs of a graph, in order."""
     return [node for node in graph.nodes if node.op == "placeholder"]
@@ -85,12 +90,22 @@ def num_elements(tensor: torch.Tensor) -> int:
 
 
 def concrete_size(size: int | torch.SymInt) -> int:
-    """A size as a number: a symbolic one by its upper bound, or 1 where it has none."""
+    """A size as a number: a symbolic one as in the call that was captured.
+
+    One that depends on data, which no call shows, by its upper bound, or 1 where it has none.
+    """
     if isinstance(size, int):
         return size
     node = size.node
+    if node.has_hint():
+        return int(node.hint)
     upper = bound_sympy(node.expr, node.shape_env.var_to_range).upper
     return int(upper) if upper.is_number and upper < _UNBOUNDED else 1
+
+
+def expression(number: int | torch.SymInt) -> Any:
+    """A size as an int or a sympy expression, which compare by form and ask no symbol for its value."""
+    return number.node.expr if isinstance(number, torch.SymInt) else number
 
 
 def describe(node: fx.Node) -> str:

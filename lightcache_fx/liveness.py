@@ -396,7 +396,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _concrete(value: Any) -> Any:
-    """A size that depends on data as a number, each of its symbols at its upper bound; anything else as it is.
+    """A symbolic size as a number: as in the call that was captured, or, where it depends on data, at an upper bound.
 
     Sizes computed from one another agree with each other, as bounds of each one by itself would not: where `n` is at
     most 7, `n + (7 - n)` is 7.
@@ -404,6 +404,8 @@ def _concrete(value: Any) -> Any:
     if not isinstance(value, torch.SymInt):
         return value
     node = value.node
+    if node.has_hint():
+        return int(node.hint)
     uppers = {symbol: node.shape_env.var_to_range[symbol].upper for symbol in node.expr.free_symbols}
     known = {symbol: upper for symbol, upper in uppers.items() if upper.is_number and upper < _UNBOUNDED}
     return int(node.expr.subs({symbol: known.get(symbol, 1) for symbol in uppers}))

@@ -30,6 +30,7 @@ from lightcache_fx.policy import Compile
 from lightcache_fx.repeats import graph_key, repeated_blocks, share_of_time, share_to_compile
 from lightcache_fx.self_checks import copied, first_difference, own_results
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
+from lightcache_fx.varying import Varying, compiled_for_sizes, marked, varying_arguments
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ Run = Callable[..., Any]
 
 _COPIES = (PREFETCH, WAIT, OFFLOAD, RELEASE)
 _MAX_LAYOUTS = 4
+_MAX_SIZES = 64
+"""Of a part whose sizes vary: each has been compared, and more of them cost nothing."""
 _PAYS = 0.3
 """Of a graph's calls; pieces cost a start of the compiler each, and fusions across their borders."""
 _LEFT = 0.1
@@ -152,8 +155,8 @@ def _lowered(gm: fx.GraphModule, settings: Compile, name: str, state: CompileSta
 
 def _blocks(graph: fx.Graph, settings: Compile) -> dict[fx.Node, str]:
     """The blocks to compile apart; by default where what is left to compile is so little that it pays."""
-    if settings.blocks is False or settings.mode in WITH_CUDA_GRAPHS:
-        return {}
+    if settings.blocks is False or settings.mode in WITH_CUDA_GRAPHS or varying_arguments(graph):
+        return {}  # sizes would be arguments of each block, which Dynamo compiles for one number first
     blocks = repeated_blocks(graph)
     return blocks if settings.blocks is True or share_to_compile(graph, blocks) <= _PAYS else {}
 
@@ -222,7 +225,7 @@ def _piece(gm: fx.GraphModule, settings: Compile, name: str, state: CompileState
         digest = "" if structure is None else part_digest(settings, single, structure)
         if state.packages is not None:
             state.packages.claim(digest, name)
-        found = _Compiled(gm, settings, name, single, digest, state.packages)
+        found = _Compiled(gm, settings, name, single, digest, state.packages, varying=varying_arguments(gm.graph))
         if key is not None:
             _SHARED[key] = found
     state.parts.add(found)
@@ -260,6 +263,7 @@ class _Compiled:
         single: whether what it was made of returns one value and no tuple of it.
         digest: equal for parts that compute the same, in every process; empty where that cannot be told.
         packages: where it is taken from instead of being compiled.
+        varying: dimensions of its arguments whose sizes are symbols: it is compiled for many sizes at once.
         times: how often it has been compiled.
         loaded: how often it has been taken from a package.
         seconds: that this took, the first runs included.
@@ -271,13 +275,18 @@ class _Compiled:
     single: bool
     digest: str = ""
     packages: Packages | None = None
+    varying: Varying = field(default_factory=dict)
     times: int = 0
     loaded: int = 0
     seconds: float = 0.0
     _by_layout: dict[tuple[object, ...], Run] = field(default_factory=dict)
+    _for_sizes: Run | None = None
+    _fixed: bool = False
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         key = tuple(arg.stride() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        if self.varying:
+            key += tuple(args[index].shape for index in self.varying)
         run = self._by_layout.get(key)
         results: Sequence[Any] = self._first(key, args) if run is None else run(*args)
         return results
@@ -287,10 +296,14 @@ class _Compiled:
         return list(self._by_layout)
 
     def _first(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Sequence[Any]:
-        if len(self._by_layout) == _MAX_LAYOUTS:
+        if len(self._by_layout) == (_MAX_SIZES if self.varying else _MAX_LAYOUTS):
             del self._by_layout[next(iter(self._by_layout))]
         begun = time.perf_counter()
         own = own_results(self.graph_module, args) if self.settings.check else None
+        if self.varying and (found := self._at_this_size(args, own)) is not None:
+            self._by_layout[key] = found[0]
+            self.seconds += time.perf_counter() - begun
+            return found[1]
         packaged = self._packaged(key)
         try:
             run = packaged or compiled(self._copy(), args, self.settings)
@@ -307,6 +320,37 @@ class _Compiled:
         self.loaded += packaged is not None
         self.seconds += time.perf_counter() - begun
         return results
+
+    def _at_this_size(
+        self, args: tuple[Any, ...], own: Sequence[tuple[Any, torch.Tensor | None]] | None
+    ) -> tuple[Run, Sequence[Any]] | None:
+        """Run what is compiled for many sizes; None where that does not work, and each is compiled by itself."""
+        if self._fixed:
+            return None
+        try:
+            made = self._for_sizes
+            if made is None:
+                made = compiled_for_sizes(self._copy(), self.settings, self._note)
+            with marked(args, self.varying):
+                results = list(made(*args))
+            if own is not None:
+                self._refuse_differences(results, own, None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the graph is compiled for this size alone
+            log.warning(
+                "program %s is compiled for each size by itself, since for sizes that vary backend %r failed: %s: %s",
+                self.name,
+                self.settings.backend,
+                type(error).__name__,
+                _first_line(error, lines=2),  # Dynamo has the compiler's own error in the second
+            )
+            self._for_sizes, self._fixed = None, True
+            self._by_layout.clear()
+            return None
+        self._for_sizes = made
+        return made, results
+
+    def _note(self) -> None:
+        self.times += 1
 
     def _packaged(self, strides: Strides) -> Run | None:
         if self.packages is None:
@@ -344,6 +388,6 @@ class _Compiled:
             )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+def _first_line(error: BaseException, *, lines: int = 1) -> str:
+    found = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(found[:lines])[:300] if found else "no message"

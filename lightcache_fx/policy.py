@@ -352,7 +352,13 @@ class Policy(_Settings):
             instead of one for all; budgets count what each of them keeps. None learns it from the calls, and plans anew
             when it has.
         compile: compile the programs, by Inductor or another backend.
-        max_signatures: how many captures (sizes, guidance layouts, adapters) are held before the oldest is dropped.
+        max_signatures: how many captures (sizes, guidance layouts, adapters) are held before the oldest is dropped. One
+            of sizes that vary counts once.
+        dynamic: whether one capture may serve several sizes, as `torch.compile(dynamic=...)` has it. None tries when a
+            call comes that differs from an earlier one in sizes alone: these become symbols where `torch.export` proves
+            that the graph holds for others, and each further size is compared with the eager model when it comes first.
+            True tries at the first call, with every size of the inputs. False captures each size by itself, as is done
+            where symbols are not proven, and where the plan counts bytes (`chunk`, `decode`, `swap`, `memory_budget`).
     """
 
     cache: Cache | None = None
@@ -366,6 +372,7 @@ class Policy(_Settings):
     calls_per_step: Annotated[int, pydantic.Field(ge=1, le=64)] | None = None
     compile: Compile | None = None
     max_signatures: Annotated[int, pydantic.Field(ge=1)] = 8
+    dynamic: bool | None = None
 
     @pydantic.field_validator("cache", mode="before")
     @classmethod

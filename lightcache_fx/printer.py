@@ -29,6 +29,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from lightcache_fx.errors import ArgumentError
+from lightcache_fx.graphs import expression
 
 __all__ = ["HasGraphModule", "InputBinding", "diff", "format_dtype", "format_graph", "format_type", "print_diff"]
 
@@ -279,7 +280,7 @@ def _format_layout(tensor: torch.Tensor) -> str:
     """The strides where they are not the default ones, asked of no symbol's value (that would add a guard)."""
     if tensor.layout != torch.strided:
         return f"{{{str(tensor.layout).removeprefix('torch.')}}}"
-    sizes, strides = list(map(_expression, tensor.shape)), list(map(_expression, tensor.stride()))
+    sizes, strides = list(map(expression, tensor.shape)), list(map(expression, tensor.stride()))
     if 0 in sizes or _is_dense(sizes, strides, tuple(range(len(sizes)))):
         return ""
     for order, name in _NAMED_LAYOUTS.items():
@@ -296,11 +297,6 @@ def _is_dense(sizes: list[Any], strides: list[Any], order: tuple[int, ...]) -> b
             return False
         expected = expected * sizes[dim]
     return True
-
-
-def _expression(number: int | torch.SymInt) -> Any:
-    """A size as an int or a sympy expression, which compare by form."""
-    return number.node.expr if isinstance(number, torch.SymInt) else number
 
 
 def _innermost_module(node: fx.Node) -> str:

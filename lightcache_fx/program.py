@@ -15,7 +15,16 @@ from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.capture import Capture
 from lightcache_fx.cuts import Slot
 from lightcache_fx.flops import total_flops
-from lightcache_fx.graphs import GraphInput, calls, copy_graph, input_of, num_bytes, outputs, placeholders
+from lightcache_fx.graphs import (
+    GraphInput,
+    calls,
+    copy_graph,
+    input_of,
+    is_only_measured,
+    num_bytes,
+    outputs,
+    placeholders,
+)
 from lightcache_fx.lowering import CompileState, lower
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.packages import Packages
@@ -274,7 +283,8 @@ class BoundProgram:
             (node, keys[i.kind][i.name] if i.kind in keys else i.name)
             for node, i in zip(nodes, program.inputs, strict=True)
         ]
-        self.user_inputs = [index[i.name] for i in program.inputs if i.kind == "user"]
+        named = zip(nodes, program.inputs, strict=True)
+        self.user_inputs = [index[i.name] for node, i in named if i.kind == "user" and not is_only_measured(node)]
         self.fetched = {stay.name for stay in program.transfers.stays if stay.kind == "weight"}
         self._of_others = {stay.name: stay for stay in program.transfers.stays if stay.branch is not None}
         self._ahead = {s.name: s.ahead for s in program.transfers.stays if s.is_for_later and s.kind != "next"}

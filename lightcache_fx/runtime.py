@@ -21,6 +21,7 @@ from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.compiled import Compiled, LastCall, Signature
 from lightcache_fx.cuts import paths_to_mark
+from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.handover import plan_hand_over
@@ -136,6 +137,9 @@ class Runtime:
         self._may_stay_eager = may_stay_eager
         self._uncaptured: str | None = None
         self._state = ModuleState.take(module, self.homes.device_of)
+        self._sizes: DynamicSizes | None = None
+        if may_be_dynamic(policy, method):
+            self._sizes = DynamicSizes(module, policy, self.marked, self._compiled)
         self._lock = threading.Lock()
         self._local = local or ThreadState()
 
@@ -244,13 +248,23 @@ class Runtime:
                 made.signature.beside[made.plan.branches, made.plan.beside] = made
             else:
                 made.signature.compiled[made.plan.branches] = made
-            if len(self.compiled) > self.policy.max_signatures:
-                (old, _), _ = self.compiled.popitem(last=False)
-                types = zip(old.leaves, old.tensor_types, strict=True)
-                shapes = ", ".join(f"{leaf.name} {type_.shape}" for leaf, type_ in types)
-                limit = self.policy.max_signatures
-                log.warning("max_signatures=%d reached: dropped the programs for %s", limit, shapes)
+            self._drop_oldest(made)
         return made
+
+    def _drop_oldest(self, made: Compiled) -> None:
+        """Hold at most `max_signatures` captures; one of sizes that vary is dropped as a whole, and counts once."""
+        of_capture: dict[object, list[tuple[CallLayout, Hashable]]] = {}
+        for key, one in reversed(self.compiled.items()):
+            of_capture.setdefault(one.signature.dynamic or one.signature, []).append(key)
+        if made.signature.dynamic is not None and len(sizes := of_capture[made.signature.dynamic]) > MOST_SIZES:
+            del self.compiled[sizes[-1]]
+        if len(of_capture) <= self.policy.max_signatures:
+            return
+        keys = of_capture[next(reversed(of_capture))]
+        for key in keys:
+            del self.compiled[key]
+        shapes = keys[0][0].shapes() + (f" and {len(keys) - 1} other sizes" if len(keys) > 1 else "")
+        log.warning("max_signatures=%d reached: dropped the programs for %s", self.policy.max_signatures, shapes)
 
     def _build(self, call: Call) -> Compiled:
         away = self._left_away()
@@ -258,6 +272,10 @@ class Runtime:
         if away is None and self.homes.device.type != "cpu":
             self.homes.recall(self.homes.device)  # to be run as it is, beside the capture
             self._note_places()
+        if self._sizes is not None:
+            found = self._sizes.programs_for(call, list(self.compiled.values()), self._state)
+            if found is not None:
+                return found
         captured = capture(self.module, call, mark=self.marked, away=away)
         signature = Signature(captured, make_plan(captured, self.policy, self.module), self._state)
         plan = with_memory(captured, signature.plan, takes_turns=self._ledger.is_shared)

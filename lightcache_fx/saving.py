@@ -72,8 +72,9 @@ def save(
         lightcache_fx.save(unet, "unet.lightcache")
 
     Every signature is saved that the module has programs for in its present state, as planned for each number of
-    guidance branches that a step has had; a loaded module takes these calls and no others. The folder is made in one
-    step: it is there as a whole, or not at all.
+    guidance branches that a step has had; a loaded module takes these calls and no others. Programs of sizes that vary
+    (`Policy.dynamic`) are left out, with a warning that names the sizes. The folder is made in one step: it is there as
+    a whole, or not at all.
 
     Args:
         module: that `transform` returned, called at least once.
@@ -86,8 +87,9 @@ def save(
 
     Raises:
         ArgumentError: `module` is not transformed.
-        SaveError: it has no programs, they cannot run without the model's class or are swapped, `weights` are others,
-            they cannot be compiled ahead of time, or the folder exists. Nothing was written.
+        SaveError: it has no programs but those of sizes that vary, they cannot run without the model's class or are
+            swapped, `weights` are others, they cannot be compiled ahead of time, or the folder exists. Nothing was
+            written.
     """
     if not isinstance(module, TransformedModule):
         raise ArgumentError(
@@ -101,12 +103,25 @@ def save(
     settings = check_can_be_packaged(added.policy.compile) if compiled else None
     _check_target(target, overwrite)
     with CAPTURE_LOCK.running(), torch.no_grad():
-        found = [made for runtime in added.runtimes.values() for made in runtime.current()]
+        present = [made for runtime in added.runtimes.values() for made in runtime.current()]
+        found = [every for every in present if every[-1].signature.dynamic is None]
+        if present and not found:
+            raise SaveError(
+                f"save: the programs of {type(module).__name__} are of sizes that vary, which are not saved; transform"
+                f" it with Policy(dynamic=False), and call it once for each size"
+            )
         if not found:
             raise SaveError(
                 f"save: {type(module).__name__} has no programs in the state that it is in; call it once, as it will be"
                 f" called"
             )
+        for every in present:
+            if every[-1].signature.dynamic is not None:
+                log.warning(
+                    "save: left out %s, whose programs are of sizes that vary; to save each size by itself transform"
+                    " the module with Policy(dynamic=False)",
+                    every[-1].capture.layout.shapes(),
+                )
         writer = _Writer(added.original, settings)
         for every in found:
             *others, last = (made for made in every if not made.plan.beside)

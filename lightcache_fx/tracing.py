@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import Dim
 from torch.export.graph_signature import InputKind as ExportInput
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
@@ -24,6 +26,9 @@ from lightcache_fx.local_writes import without_local_writes, writes_in_place
 from lightcache_fx.marks import Mark, marked_modules
 
 WRAPPER = "model"
+
+Varying = Mapping[int, Sequence[int]]
+"""Dimensions whose sizes vary from call to call, by the place of the input."""
 
 
 @dataclass
@@ -107,17 +112,21 @@ class Traced:
     constants: dict[str, torch.Tensor]
 
 
-def trace_by_export(flat: FlatCall, tensors: tuple[torch.Tensor, ...], *, fake: bool = False) -> Traced:
+def trace_by_export(
+    flat: FlatCall, tensors: tuple[torch.Tensor, ...], *, fake: bool = False, varying: Varying = MappingProxyType({})
+) -> Traced:
     """`torch.export`, non-strict; functionalised only where the model writes in place.
 
     Args:
         flat: the model; its weights may be fake.
         tensors: of the call; likewise.
         fake: whether constants may be fake too, because nothing will ever be computed with them.
+        varying: dimensions that become symbols, as far as the trace leaves them open.
     """
+    shapes = tuple(dict.fromkeys(varying.get(index, ()), Dim.AUTO) for index in range(len(tensors)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(flat, tensors, strict=False)
+        program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,) if varying else None, strict=False)
         graph_module = program.graph_module
         if writes_in_place(graph_module.graph):
             functional = without_local_writes(graph_module)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lightcache_fx.errors import PassError
-from lightcache_fx.graphs import is_impure, outputs, placeholders, tensors_of
+from lightcache_fx.graphs import expression, is_impure, outputs, placeholders, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -96,16 +96,20 @@ def _contract(graph: fx.Graph) -> tuple[object, ...]:
     """Shapes and dtypes of the outputs; inputs may only be dropped, which the placeholders themselves show."""
     assert all("lightcache_input" in node.meta for node in placeholders(graph))
     return tuple(
-        tuple((tuple(t.shape), t.dtype) for t in tensors_of(value)) if isinstance(value, fx.Node) else value
+        tuple((tuple(map(expression, t.shape)), t.dtype) for t in tensors_of(value))
+        if isinstance(value, fx.Node)
+        else value
         for value in outputs(graph)
     )
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors agree in shape, dtype, device and the strides that matter."""
-    return (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout) and all(
-        x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1
-    )
+    sizes = list(map(expression, a.shape))
+    if (sizes, a.dtype, a.device, a.layout) != (list(map(expression, b.shape)), b.dtype, b.device, b.layout):
+        return False
+    strides = zip(sizes, map(expression, a.stride()), map(expression, b.stride()), strict=True)
+    return all(x == y for size, x, y in strides if size not in (0, 1))
 
 
 def find_kept(by_name: Mapping[str, fx.Node], name: str, pass_name: str) -> fx.Node:
