@@ -298,7 +298,7 @@ def _read(kind: type[S], value: object) -> object:
 
 
 class Compile(_Settings):
-    """Compile each program by a backend of `torch.compile`; programs are static, so nothing is ever compiled anew.
+    """Compile each program by a backend of `torch.compile`; no program is ever compiled anew for a size that it had.
 
     Attributes:
         backend: `inductor`, `eager`, `aot_eager`, or any other that is registered (`torch.compiler.list_backends()`).

@@ -80,7 +80,7 @@ def test_the_metadata(wheel):
     assert metadata["Requires-Python"] == ">=3.11"
     required = {Requirement(line) for line in metadata.get_all("Requires-Dist")}
     core = {requirement.name for requirement in required if requirement.marker is None}
-    assert core == {"torch", "pydantic", "PyYAML", "rich", "networkx"}
+    assert core == {"torch", "pydantic", "PyYAML", "rich", "networkx", "sympy"}
 
 
 def test_the_installed_wheel_imports_away_from_the_repository(installed, tmp_path):

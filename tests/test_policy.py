@@ -16,7 +16,7 @@ from lightcache_fx.errors import LightcacheError, PolicyError
 CACHE_KEYS = "cut, interval, steps, mask, first, last, num_steps"
 POLICY_KEYS = (
     "cache, hoist, max_hoisted_bytes, rates, chunk, decode, swap, memory_budget, calls_per_step, compile, "
-    "max_signatures"
+    "max_signatures, dynamic"
 )
 CUTS = "expected a depth (0, 1, 2, ...), a module path or a list of them, Residual(first=..., last=...) or 'auto'"
 BYTES = "expected a number of bytes such as 1048576, '64MiB' or '1.5GB'"
@@ -62,6 +62,7 @@ policies = st.builds(
     max_hoisted_bytes=st.none() | num_bytes,
     rates=st.dictionaries(st.text(max_size=10), st.sampled_from(["const", "run", "step", "latent"]), max_size=3),
     max_signatures=st.integers(1, 99),
+    dynamic=st.sampled_from([None, True, False]),
 )
 
 
