@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from lightcache_fx.cli.systems import fake_models as fake_models
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
@@ -197,18 +198,6 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise / math.sqrt(parameter[0].numel()))
             else:
                 parameter.copy_(0.2 * noise + name.endswith("weight"))
-
-
-@contextmanager
-def fake_models(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules and tensors are made without memory, modules in `dtype`: `.half()` cannot cast fake weights."""
-    before = torch.get_default_dtype()
-    with FakeTensorMode():
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 def tensor_bytes(tree: object) -> tuple[int, int]:

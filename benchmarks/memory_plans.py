@@ -25,6 +25,7 @@ from torch import nn
 import lightcache_fx as lc
 from benchmarks import plans
 from benchmarks.common import RESULTS, environment, fake_models, markdown_table, write_json
+from lightcache_fx.cli import presets
 
 Inputs = dict[str, Any]
 GIB = 2**30
@@ -49,18 +50,12 @@ class Goal:
 
 
 def _image_vae(images: int, size: int) -> tuple[nn.Module, Inputs]:
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=512,
-    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(**presets.IMAGE_VAE)
     return vae, {"z": torch.randn(images, 4, size // 8, size // 8)}
 
 
 def _video_vae(frames: int) -> tuple[nn.Module, Inputs]:
-    vae = diffusers.AutoencoderKLTemporalDecoder(
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
-        latent_channels=4, sample_size=768,
-    )  # fmt: skip
+    vae = diffusers.AutoencoderKLTemporalDecoder(**presets.VIDEO_VAE)
     return vae, {"z": torch.randn(frames, 4, 72, 128), "num_frames": frames}
 
 

@@ -32,6 +32,7 @@ from benchmarks.common import (
     print_rows,
     write_json,
 )
+from lightcache_fx.cli import presets
 from lightcache_fx.cuts import CutChoice
 from lightcache_fx.policy import Cut
 from lightcache_fx.units import format_bytes
@@ -66,11 +67,7 @@ class Model:
 
 def svd_xt() -> tuple[nn.Module, Inputs]:
     """stable-video-diffusion-img2vid-xt."""
-    model = diffusers.UNetSpatioTemporalConditionModel(
-        sample_size=96, block_out_channels=(320, 640, 1280, 1280), num_attention_heads=(5, 10, 20, 20),
-        layers_per_block=2, cross_attention_dim=1024, in_channels=8, projection_class_embeddings_input_dim=768,
-        addition_time_embed_dim=256, num_frames=25,
-    )
+    model = diffusers.UNetSpatioTemporalConditionModel(**presets.SVD_XT_UNET)
     return model, {
         "sample": torch.randn(2, 25, 8, 72, 128),  # B F C H W
         "timestep": torch.tensor(1.0, dtype=torch.float32),
@@ -81,11 +78,8 @@ def svd_xt() -> tuple[nn.Module, Inputs]:
 
 
 def animatediff() -> tuple[nn.Module, Inputs]:
-    """Stable Diffusion 1.5 with the motion adapter v1.5; guidance 1.0, so a batch of one, as Lightning runs it."""
-    model = diffusers.UNetMotionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, num_attention_heads=8,
-        motion_num_attention_heads=8, motion_max_seq_length=32, use_motion_mid_block=False,
-    )
+    """Stable Diffusion 1.5 with a motion adapter that has no mid block (v1.5.3); guidance 1.0, so a batch of one."""
+    model = diffusers.UNetMotionModel(**{**presets.MOTION_UNET, "use_motion_mid_block": False})
     return model, {
         "sample": torch.randn(1, 4, 25, 64, 64),  # B C F H W
         "timestep": torch.tensor(999),
@@ -96,9 +90,7 @@ def animatediff() -> tuple[nn.Module, Inputs]:
 
 def modelscope() -> tuple[nn.Module, Inputs]:
     """text-to-video-ms-1.7b."""
-    model = diffusers.UNet3DConditionModel(
-        sample_size=32, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024, attention_head_dim=64,
-    )
+    model = diffusers.UNet3DConditionModel(**presets.MODELSCOPE_UNET)
     return model, {
         "sample": torch.randn(2, 4, 25, 32, 32),  # B C F H W
         "timestep": torch.tensor(999),
@@ -108,15 +100,8 @@ def modelscope() -> tuple[nn.Module, Inputs]:
 
 
 def easyanimate() -> tuple[nn.Module, Inputs]:
-    """EasyAnimate V5.1 7B text-to-video: 25 frames are 7 latent frames of 16 channels.
-
-    With 28 blocks it has 7 billion parameters; with the class's default of 48 it would have 11.8.
-    """
-    model = diffusers.EasyAnimateTransformer3DModel(
-        num_attention_heads=48, attention_head_dim=64, in_channels=16, out_channels=16, patch_size=2,
-        sample_width=90, sample_height=60, num_layers=28, mmdit_layers=28, text_embed_dim=3584,
-        text_embed_dim_t5=None, time_embed_dim=512, enable_text_attention_mask=True, add_norm_text_encoder=True,
-    )
+    """EasyAnimate V5.1 7B text-to-video: 25 frames are 7 latent frames of 16 channels."""
+    model = diffusers.EasyAnimateTransformer3DModel(**presets.EASYANIMATE_TRANSFORMER)
     return model, {
         "hidden_states": torch.randn(2, 16, 7, 64, 64),  # B C F H W
         "timestep": torch.randn(2),

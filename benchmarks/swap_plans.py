@@ -28,6 +28,7 @@ from rich.console import Console
 import lightcache_fx as lc
 from benchmarks import plans
 from benchmarks.common import RESULTS, environment, fake_models, markdown_table, print_rows, write_json
+from lightcache_fx.cli import presets
 from lightcache_fx.costs import Machine
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.swap_planner import plan_swaps
@@ -60,14 +61,8 @@ class Setting:
 
 def svd_xt() -> list[lc.Stage]:
     """Stable Video Diffusion img2vid-XT: 25 frames of 576 x 1024, 25 steps, frames decoded by eight."""
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=1280, intermediate_size=5120, projection_dim=1024, num_hidden_layers=32, num_attention_heads=16,
-        image_size=224, patch_size=14, hidden_act="gelu",
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKLTemporalDecoder(
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
-        latent_channels=4, sample_size=768,
-    )  # fmt: skip
+    vision = transformers.CLIPVisionConfig(**presets.CLIP_VISION_H)
+    vae = diffusers.AutoencoderKLTemporalDecoder(**presets.VIDEO_VAE)
     unet, inputs = plans.svd_xt()
     return [
         lc.Stage("image encoder", transformers.CLIPVisionModelWithProjection(vision), (torch.randn(1, 3, 224, 224),)),

@@ -28,10 +28,11 @@ from safetensors import SafetensorError
 
 import lightcache_fx as lc
 from examples.pictures import plot_stages, write_videos
-from examples.report import Caching, Comparison, Quality, Variant, grids, write_report
+from examples.report import Caching, Comparison, Variant, grids, write_report
 from examples.small_model.sample import MODEL_FOLDER, first_frame, heldout_clip
 from examples.small_model.sprites import FPS
 from examples.stages import Clock, Frames, Meter, Observer, Request, generate
+from lightcache_fx.quality import compare_videos
 
 
 class DemoError(Exception):
@@ -177,7 +178,7 @@ def compare(
             planned_flop_bound=report.plan.flop_bound_speedup(request.steps),
             decode_difference=float(np.abs(fast_frames - decoded_whole).max()),
         ),
-        quality=Quality.of(plain_frames, fast_frames),
+        quality=compare_videos(plain_frames, fast_frames, measures=("psnr", "ssim")),
         settings={
             "policy": policy.to_yaml(),
             "steps": request.steps,

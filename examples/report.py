@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from examples.stages import STAGES, Frames
+from lightcache_fx.quality import Quality
 from lightcache_fx.units import format_bytes
 
 DATA_RANGE = 1.0
@@ -62,28 +62,6 @@ class Caching:
     capture_seconds: float
     planned_flop_bound: float
     decode_difference: float
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The accelerated frames against the plain ones; `psnr_db` is None where they are identical."""
-
-    psnr_db: float | None
-    ssim: float
-    max_difference: float
-
-    @classmethod
-    def of(cls, plain: Frames, accelerated: Frames) -> Quality:
-        """Compare two videos: PSNR over all pixels, SSIM (7 x 7 windows) as the mean over frames."""
-        max_difference = float(np.abs(plain - accelerated).max())
-        psnr = None
-        if max_difference > 0:
-            psnr = float(peak_signal_noise_ratio(plain, accelerated, data_range=DATA_RANGE))
-        ssim = [
-            structural_similarity(a, b, data_range=DATA_RANGE, channel_axis=-1)
-            for a, b in zip(plain, accelerated, strict=True)
-        ]
-        return cls(psnr, float(np.mean(ssim)), max_difference)
 
 
 @dataclass(frozen=True)
@@ -141,10 +119,10 @@ class Comparison:
             "decode_difference": caching.decode_difference,
             "steps": {"full": caching.num_full, "reuse": caching.num_reuse},
             "quality": {
-                "psnr_db": quality.psnr_db,
-                "ssim": quality.ssim,
+                "psnr_db": None if quality.identical else quality.figure("psnr"),
+                "ssim": quality.figure("ssim"),
                 "max_difference": quality.max_difference,
-                "identical": quality.max_difference == 0,
+                "identical": quality.identical,
                 "data_range": DATA_RANGE,
             },
         }
@@ -206,7 +184,7 @@ def _memory_row(comparison: Comparison, stage: str) -> tuple[str, ...]:
 
 def _caching_rows(comparison: Comparison) -> tuple[tuple[str, ...], ...]:
     caching, quality = comparison.caching, comparison.quality
-    psnr = "identical frames" if quality.psnr_db is None else f"{quality.psnr_db:.2f} dB"
+    psnr = "identical frames" if quality.identical else f"{quality.figure('psnr'):.2f} dB"
     return (
         ("cut", caching.cut or "none"),
         ("steps", f"{caching.num_full} full, {caching.num_reuse} reuse"),
@@ -214,7 +192,7 @@ def _caching_rows(comparison: Comparison) -> tuple[tuple[str, ...], ...]:
         ("hoisted, once a run", f"{format_bytes(caching.hoisted_bytes)} in {caching.num_hoisted} values"),
         ("capture, once a process", f"{caching.capture_seconds:.1f} s"),
         ("PSNR (frames in 0..1)", psnr),
-        ("SSIM (frames in 0..1)", f"{quality.ssim:.4f}"),
+        ("SSIM (frames in 0..1)", f"{quality.figure('ssim'):.4f}"),
         ("largest pixel difference", f"{quality.max_difference:.4f}"),
         ("of which by decoding in chunks", f"{caching.decode_difference:.1e}"),
     )

@@ -71,6 +71,21 @@ class SignatureError(ArgumentError):
     """A loaded module was called in a way that it has no programs for."""
 
 
+class ConfigError(LightcacheError, ValueError):
+    """A model cannot be made, or called, as a configuration and the command line say."""
+
+
+class QualityError(LightcacheError, ValueError):
+    """A video cannot be read, or two videos cannot be compared."""
+
+
+class MissingExtraError(LightcacheError, ImportError):
+    """A library that an extra of this package brings is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what}, which is not installed: pip install 'lightcache-fx[{extra}]'")
+
+
 class ScheduleError(LightcacheError, ValueError):
     """A schedule does not fit the run it is used in."""
 

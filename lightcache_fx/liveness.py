@@ -373,7 +373,8 @@ class _Run:
         return _concrete(value)
 
     def device(self, _: torch.device) -> torch.device:
-        return torch.device(self.kind)
+        # With its index: without one `aten.to` asks CUDA's runtime, which a CPU build of torch has not.
+        return torch.device("cuda", 0) if self.kind == "cuda" else torch.device("cpu")
 
 
 def _strides(value: Any) -> tuple[tuple[int, ...] | None, ...]:

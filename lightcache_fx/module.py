@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lightcache_fx.budgets import with_memory
 from lightcache_fx.calls import CallReader
-from lightcache_fx.capture import capture
+from lightcache_fx.capture import Capture, capture
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, TransformError
@@ -346,6 +346,24 @@ def plan_component(
     takes_turns: bool = False,
 ) -> Plan:
     """As `plan`; `takes_turns` where the module has the device in turns with others."""
+    _, found = capture_and_plan(
+        module, args, kwargs, policy, method=method, device=device, hardware=hardware, takes_turns=takes_turns
+    )
+    return found
+
+
+def capture_and_plan(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    policy: Policy,
+    *,
+    method: str | None,
+    device: Literal["cpu", "cuda"] | None,
+    hardware: Hardware | None,
+    takes_turns: bool = False,
+) -> tuple[Capture, Plan]:
+    """As `plan_component`, with the capture that `build_programs` makes programs of."""
     register_distributions()
     _check_module("plan", module)
     if isinstance(module, TransformedModule):
@@ -367,9 +385,10 @@ def plan_component(
     away = WeightsAway(computes_on) if placement.hosted and computes_on.type != "cpu" else None
     captured = capture(module, call, mark=marked, away=away)
     on_cuda = None if device is None else device == "cuda"
-    return with_memory(
+    found = with_memory(
         captured, make_plan(captured, policy, module), cuda=on_cuda, hardware=hardware, takes_turns=takes_turns
     )
+    return captured, found
 
 
 def _check_module(function: str, module: object) -> None:

@@ -162,17 +162,25 @@ class PipelinePlan:
             table.add_row(*_cells(planned))
         return table
 
+    def lines(self) -> list[str]:
+        """What stands below the table."""
+        found = [
+            f"{planned.stage.name} does not fit: {planned.refusal}"
+            for planned in self.stages
+            if planned.refusal is not None
+        ]
+        if self.fits:
+            found.append(f"{format_bytes(self.peak_bytes)} at most; {self.slowdown:.1%} slower than all resident")
+            if any(stage.hands_over is not None for stage in self.stages):
+                saved = f"{1e3 * self.saved_seconds:.1f} ms"
+                found.append(f"from the second generation on stages hand over their first weights: {saved} less")
+        return found
+
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, force_terminal=False, highlight=False)
         console.print(self.table())
-        for planned in self.stages:
-            if planned.refusal is not None:
-                console.print(f"{planned.stage.name} does not fit: {planned.refusal}")
-        if self.fits:
-            console.print(f"{format_bytes(self.peak_bytes)} at most; {self.slowdown:.1%} slower than all resident")
-            if any(stage.hands_over is not None for stage in self.stages):
-                saved = f"{1e3 * self.saved_seconds:.1f} ms"
-                console.print(f"from the second generation on stages hand over their first weights: {saved} less")
+        for line in self.lines():
+            console.print(line)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return str(text).rstrip()
 

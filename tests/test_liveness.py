@@ -255,6 +255,11 @@ def test_cuda_rounds_up_to_512_bytes() -> None:
     assert predicted.held_bytes == {"user": 12}
 
 
+def test_a_move_to_a_device_is_predicted_for_cuda_without_cuda() -> None:
+    moved = captured(lambda x: x.to("cpu", torch.int32) + 1, torch.zeros(300, dtype=torch.int64))
+    assert timeline(moved.graph_module.graph, cuda=True).peak_bytes == 2 * 1536  # 1,200 bytes each, rounded up
+
+
 def test_cuda_attention_keeps_no_scores() -> None:
     def attend(q: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, q, q)

@@ -83,6 +83,20 @@ def test_the_metadata(wheel):
     assert core == {"torch", "pydantic", "PyYAML", "rich", "networkx", "sympy"}
 
 
+def test_the_command_is_installed(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    assert "lightcache-fx = lightcache_fx.cli:main" in archive.read(name).decode()
+
+
+def test_the_command_needs_no_more_than_its_extra(installed, tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from lightcache_fx.cli import main; main()"
+    assert "lightcache-fx" in run("-c", code, installed, "--version", cwd=tmp_path)
+    loaded = "import sys; sys.path.insert(0, sys.argv[1]); import lightcache_fx.cli.app; print(*sys.modules)"
+    modules = set(run("-c", loaded, installed, cwd=tmp_path).split())
+    assert not modules & {"diffusers", "transformers", "skimage", "imageio"}, "import them where they are used"
+
+
 def test_the_installed_wheel_imports_away_from_the_repository(installed, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
