@@ -298,7 +298,7 @@ def test_runs_branches_and_interruptions() -> None:
 def test_a_run_with_everything_on_compiles_nothing_anew(name: str) -> None:
     model, make_inputs = ZOO[name].build()
     policy = lc.Policy(
-        cache=lc.Cache(cut="auto", interval=8), swap=lc.Swap(budget="90%"), chunk=lc.Chunk(budget="95%"), compile=EAGER
+        cache=lc.Cache(cut="auto", interval=8), swap=lc.Swap(budget="60%"), chunk=lc.Chunk(budget="95%"), compile=EAGER
     )
     inputs = run_inputs(make_inputs, 0, 25)
     whole = lc.transform(model, policy.model_copy(update={"compile": None}))
@@ -360,8 +360,8 @@ class Conv(nn.Module):
 
 def test_other_sizes() -> None:
     torch.manual_seed(0)
-    model = Conv()
-    one, other = lc.transform(model, CACHED), behind(model)
+    model = Conv()  # `one` captures each size by itself: it compiles sizes that vary through Dynamo, which is counted
+    one, other = lc.transform(model, CACHED.model_copy(update={"dynamic": False})), behind(model)
     for size in (8, 12, 20, 8):
         for index, time in enumerate(TIMES[:4]):
             sample = torch.randn(1, 2, size, size + 4, generator=torch.Generator().manual_seed(index))
