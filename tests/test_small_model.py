@@ -155,12 +155,15 @@ def test_the_noise_parametrisation_is_the_scheduler_s():
     scheduler = config.make_scheduler()
     scheduler.set_timesteps(5)
     sigma = scheduler.sigmas[0]
-    latents, noise = torch.randn(2, 1, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    v = (noise - sigma * latents) / (sigma**2 + 1).sqrt()
-    step = scheduler.step(v, scheduler.timesteps[0], latents + sigma * noise)
+    latents, values = torch.randn(2, 1, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = losses.Noise(sigma.log()[None], values, torch.zeros(1, dtype=torch.bool))
+    noisy, v = losses.mix(latents, noise)
+    sample = latents + sigma * values
+    assert torch.allclose(scheduler.scale_model_input(sample, scheduler.timesteps[0]), noisy, atol=1e-5)
+    step = scheduler.step(v, scheduler.timesteps[0], sample)
     assert torch.allclose(step.pred_original_sample, latents, atol=1e-3)
     assert torch.allclose(scheduler.timesteps[0], sigma.log() / 4)
-    assert losses.log_sigma_at(torch.tensor([0.5])).item() == pytest.approx(losses.LOG_SIGMA_MEAN)
+    assert losses.UNET_LEVELS.log_sigma_at(torch.tensor([0.5])).item() == pytest.approx(losses.UNET_LEVELS.mean)
 
 
 def test_the_pipeline_keeps_the_sprite_and_its_place(pipeline):

@@ -15,7 +15,8 @@ from diffusers import AutoencoderKLTemporalDecoder
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
-from examples.small_model.sprites import render_clips
+from examples.small_model import captions, dit
+from examples.small_model.sprites import ClipSpec, render_clip, render_clips
 
 HELDOUT_SEED_OFFSET = 1_000_000
 """Added to the training seed, so that no held-out clip is ever trained on."""
@@ -46,6 +47,22 @@ class LatentPool:
     noise_aug: torch.Tensor
     first_frames: torch.Tensor
     motion_bucket_ids: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@dataclass(frozen=True)
+class CaptionPool:
+    """What the transformer trains on.
+
+    `latents` (clips, channels, frames, height, width), scaled to unit standard deviation; `token_ids` (clips, tokens)
+    of their captions; `empty_prompt` (tokens,) of the prompt that stands for none.
+    """
+
+    latents: torch.Tensor
+    token_ids: torch.Tensor
+    empty_prompt: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -114,3 +131,42 @@ def load_latent_pool(vae: AutoencoderKLTemporalDecoder, frames: FramePool, seed:
     if not path.exists():
         save_file({name: tensor.contiguous() for name, tensor in vars(encode_pool(vae, frames, seed)).items()}, path)
     return LatentPool(**load_file(path))
+
+
+@torch.no_grad()
+def encode_captioned(vae: AutoencoderKLTemporalDecoder, specs: list[ClipSpec]) -> CaptionPool:
+    """Encode clips and their captions; nothing in it is random."""
+    tokenizer = dit.make_tokenizer()
+    latents = []
+    for start in range(0, len(specs), 8):
+        pixels = np.stack([render_clip(spec) for spec in specs[start : start + 8]])
+        clips = to_model_range(torch.from_numpy(pixels))
+        encoded = vae.encode(clips.flatten(0, 1)).latent_dist.mode().unflatten(0, clips.shape[:2])
+        latents.append(encoded.transpose(1, 2).contiguous() * vae.config.scaling_factor)
+    return CaptionPool(
+        latents=torch.cat(latents),
+        token_ids=dit.tokenize(tokenizer, [captions.caption(spec) for spec in specs]),
+        empty_prompt=dit.empty_prompt(tokenizer),
+    )
+
+
+def load_caption_pool(
+    vae: AutoencoderKLTemporalDecoder, seed: int, num_clips: int, cache: Path, part_clips: int = 512
+) -> CaptionPool:
+    """Encode the first clips of one sprite of the data set `seed`, or read from `cache` the parts that it holds."""
+    cache.mkdir(parents=True, exist_ok=True)
+    specs = captions.single_clips(seed, num_clips)
+    parts = []
+    for start in track(range(0, num_clips, part_clips), description="encoding"):
+        part = specs[start : start + part_clips]
+        path = cache / f"captioned-{seed}-{start}-{len(part)}.safetensors"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            save_file(dict(vars(encode_captioned(vae, part))), partial)
+            partial.replace(path)
+        parts.append(load_file(path))
+    return CaptionPool(
+        latents=torch.cat([part["latents"] for part in parts]),
+        token_ids=torch.cat([part["token_ids"] for part in parts]),
+        empty_prompt=parts[0]["empty_prompt"],
+    )

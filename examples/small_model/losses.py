@@ -1,8 +1,8 @@
-"""What the two models minimise.
+"""What the models minimise.
 
-The U-Net is trained in exactly the parametrisation that `EulerDiscreteScheduler` samples with when `prediction_type` is
-`v_prediction` and `timestep_type` is `continuous`: noisy = latents + sigma * noise, the input is
-noisy / sqrt(sigma^2 + 1), the timestep is log(sigma) / 4 and the output is
+Both denoisers, the U-Net and the transformer, are trained in exactly the parametrisation that `EulerDiscreteScheduler`
+samples with when `prediction_type` is `v_prediction` and `timestep_type` is `continuous`: noisy = latents + sigma *
+noise, the input is noisy / sqrt(sigma^2 + 1), the timestep is log(sigma) / 4 and the output is
 v = (noise - sigma * latents) / sqrt(sigma^2 + 1).
 """
 
@@ -17,14 +17,31 @@ from diffusers import AutoencoderKLTemporalDecoder
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as svd
 
 from examples.small_model.config import CLIP_IMAGE_SIZE, Denoiser
-from examples.small_model.data import LatentPool, to_model_range
+from examples.small_model.data import CaptionPool, LatentPool, to_model_range
+from examples.small_model.dit import TextDenoiser
 from examples.small_model.sprites import FPS
 
-LOG_SIGMA_MEAN, LOG_SIGMA_STD = 0.2, 1.5
 CONDITION_DROPOUT = 0.1
 KL_WEIGHT = 5e-4
 EDGE_WEIGHT = 0.5
 SPRITE_WEIGHT = 6.0
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """A log-normal distribution of sigma."""
+
+    mean: float
+    std: float
+
+    def log_sigma_at(self, quantiles: torch.Tensor) -> torch.Tensor:
+        """Return log(sigma) at `quantiles` (0..1)."""
+        return self.mean + self.std * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
+
+
+UNET_LEVELS = NoiseLevels(mean=0.2, std=1.5)
+DIT_LEVELS = NoiseLevels(mean=0.7, std=1.6)
+"""Higher, for there is no first frame: the layout too has to come out of the noise."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +52,40 @@ class Noise:
     values: torch.Tensor
     dropped: torch.Tensor
 
+    def __getitem__(self, clips: torch.Tensor) -> Noise:
+        """Return the noise of some clips of the batch."""
+        return Noise(self.log_sigma[clips], self.values[clips], self.dropped[clips])
 
-def log_sigma_at(quantiles: torch.Tensor) -> torch.Tensor:
-    """Return log(sigma) at `quantiles` (0..1) of the log-normal training distribution."""
-    return LOG_SIGMA_MEAN + LOG_SIGMA_STD * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
 
-
-def draw_noise(shape: torch.Size, generator: torch.Generator) -> Noise:
+def draw_noise(shape: torch.Size, generator: torch.Generator, levels: NoiseLevels = UNET_LEVELS) -> Noise:
     """Draw noise levels, one from each equal share of their distribution, noise and dropped conditions.
 
-    `shape` is that of the latents: (batch, frames, channels, height, width).
+    `shape` is that of the latents, the batch first.
     """
     batch = shape[0]
     quantiles = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     return Noise(
-        log_sigma=log_sigma_at(quantiles.clamp(1e-4, 1 - 1e-4)),
+        log_sigma=levels.log_sigma_at(quantiles.clamp(1e-4, 1 - 1e-4)),
         values=torch.randn(shape, generator=generator),
         dropped=torch.rand(batch, generator=generator) < CONDITION_DROPOUT,
     )
+
+
+def even_noise(shape: torch.Size, levels: NoiseLevels) -> Noise:
+    """Return fixed noise to measure with: levels at even quantiles of their distribution, nothing dropped."""
+    quantiles = (torch.arange(shape[0]) + 0.5) / shape[0]
+    return Noise(
+        log_sigma=levels.log_sigma_at(quantiles),
+        values=torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        dropped=torch.zeros(shape[0], dtype=torch.bool),
+    )
+
+
+def mix(latents: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a denoiser is given and the v that it should return, both shaped like `latents`."""
+    sigma = noise.log_sigma.exp()[:, None, None, None, None]
+    scale = (sigma**2 + 1).sqrt()
+    return (latents + sigma * noise.values) / scale, (noise.values - sigma * latents) / scale
 
 
 def embed_images(denoiser: Denoiser, first_frames: torch.Tensor) -> torch.Tensor:
@@ -66,8 +99,7 @@ def embed_images(denoiser: Denoiser, first_frames: torch.Tensor) -> torch.Tensor
 def denoising_losses(denoiser: Denoiser, pool: LatentPool, clips: torch.Tensor, noise: Noise) -> torch.Tensor:
     """Return the mean squared error of v for each of `clips` (batch,), a float (batch,)."""
     latents = pool.latents[clips]
-    sigma = noise.log_sigma.exp()[:, None, None, None, None]
-    scale = (sigma**2 + 1).sqrt()
+    noisy, target = mix(latents, noise)
     kept = (~noise.dropped).float()
     image_latents = (pool.image_latents[clips] * kept[:, None, None, None])[:, None].expand_as(latents)
     embeddings = embed_images(denoiser, pool.first_frames[clips]) * kept[:, None, None]
@@ -75,12 +107,28 @@ def denoising_losses(denoiser: Denoiser, pool: LatentPool, clips: torch.Tensor, 
         [torch.full_like(kept, FPS - 1), pool.motion_bucket_ids[clips].float(), pool.noise_aug[clips]], dim=1
     )
     predicted = denoiser.unet(
-        torch.cat([(latents + sigma * noise.values) / scale, image_latents], dim=2),
+        torch.cat([noisy, image_latents], dim=2),
         noise.log_sigma / 4,
         encoder_hidden_states=embeddings,
         added_time_ids=time_ids,
     ).sample
-    target = (noise.values - sigma * latents) / scale
+    return (predicted - target).square().mean(dim=(1, 2, 3, 4))
+
+
+def embed_prompts(denoiser: TextDenoiser, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return (batch, tokens, text_dim) from padded token ids (batch, tokens), as the pipeline does."""
+    mask = (token_ids != denoiser.text_encoder.config.pad_token_id).long()
+    embeddings: torch.Tensor = denoiser.text_encoder(token_ids, attention_mask=mask).last_hidden_state
+    return embeddings
+
+
+def text_denoising_losses(denoiser: TextDenoiser, pool: CaptionPool, clips: torch.Tensor, noise: Noise) -> torch.Tensor:
+    """Return the mean squared error of v for each of `clips` (batch,), a float (batch,)."""
+    noisy, target = mix(pool.latents[clips], noise)
+    token_ids = torch.where(noise.dropped[:, None], pool.empty_prompt, pool.token_ids[clips])
+    predicted = denoiser.transformer(
+        noisy, noise.log_sigma / 4, encoder_hidden_states=embed_prompts(denoiser, token_ids)
+    ).sample[:, : target.shape[1]]
     return (predicted - target).square().mean(dim=(1, 2, 3, 4))
 
 

@@ -1,4 +1,4 @@
-"""Sample the shipped model and measure it: `python -m examples.small_model.sample --help`.
+"""Sample the shipped image-to-video model and measure it: `python -m examples.small_model.sample --help`.
 
 Held-out first frames go through the unmodified pipeline. The sheet shows the real clip above the generated one, the
 curve the held-out losses of training, and the figures say how far the sprites are from where they should be.
@@ -7,31 +7,23 @@ curve the held-out losses of training, and the figures say how far the sprites a
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
 import numpy as np
 import torch
 import typer
 from diffusers import StableVideoDiffusionPipeline
-from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
 from examples.small_model.data import HELDOUT_SEED_OFFSET
+from examples.small_model.measures import Frames, centres, mean_colour, psnr_db, sprite_mask
+from examples.small_model.sheets import plot_losses, sheet
 from examples.small_model.sprites import FPS, IMAGE_SIZE, NUM_FRAMES, ClipSpec, render_clip, sample_clip
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 MODEL_FOLDER = Path(__file__).parent / "svd-sprites"
 DOCS = Path(__file__).parents[2] / "docs" / "small_model"
-Frames = NDArray[np.uint8]
-
-SPRITE_CONTRAST = 40
-"""A pixel belongs to a sprite where it differs by more than this (of 255, in one channel) from the bare backdrop."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -72,31 +64,6 @@ def generate(
     return np.rint(frames.transpose(0, 3, 1, 2) * 255).astype(np.uint8)
 
 
-def sprite_mask(frames: Frames, spec: ClipSpec) -> NDArray[np.bool_]:
-    """Return where `frames` differ from the clip's bare backdrop: (frames, height, width)."""
-    backdrop = render_clip(replace(spec, sprites=()), num_frames=1).astype(np.int16)
-    return np.abs(frames.astype(np.int16) - backdrop).max(axis=1) > SPRITE_CONTRAST
-
-
-def centres(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return the mean (x, y) in pixels of each frame's mask, nan where it is empty: (frames, 2)."""
-    rows, columns = np.mgrid[0 : mask.shape[1], 0 : mask.shape[2]]
-    area = mask.sum(axis=(1, 2))
-    moments = np.stack([(mask * columns).sum(axis=(1, 2)), (mask * rows).sum(axis=(1, 2))], axis=1)
-    return np.where(area[:, None] > 0, moments / np.maximum(area, 1)[:, None], np.nan)
-
-
-def mean_colour(frames: Frames, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return the mean colour of the masked pixels of all frames, 0..255: (3,)."""
-    return frames.transpose(0, 2, 3, 1)[mask].mean(axis=0)
-
-
-def psnr_db(frames: Frames, real: Frames) -> float:
-    """Return the peak signal-to-noise ratio of `frames` against `real` in dB."""
-    error = np.square(frames.astype(np.float64) - real).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))
-
-
 def compare(frames: Frames, spec: ClipSpec) -> dict[str, float]:
     """Compare a clip of one sprite with the real one: last-frame position (pixels), colour (of 255), area, PSNR.
 
@@ -131,32 +98,6 @@ def measure(
         name: {key: round(float(np.mean([figures[key] for figures in rows])), 3) for key in rows[0]}
         for name, rows in (("generated", generated), ("first frame held still", still))
     }
-
-
-def sheet(pairs: list[tuple[Frames, Frames]], zoom: int = 3, gap: int = 4) -> Image.Image:
-    """Lay out (real, generated) clips: one row of frames each, the real one above."""
-    strips = []
-    for pair in pairs:
-        rows = [np.pad(frames, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=255) for frames in pair]
-        strips += [row.transpose(2, 0, 3, 1).reshape(row.shape[2], -1, 3) for row in rows]
-        strips.append(np.full((gap, strips[-1].shape[1], 3), 255, dtype=np.uint8))
-    picture = Image.fromarray(np.concatenate(strips[:-1]))
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-
-
-def plot_losses(logs: dict[str, Path], target: Path) -> None:
-    """Plot training and held-out loss over steps, one panel a log."""
-    figure, panels = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False)
-    for panel, (title, path) in zip(panels[0], logs.items(), strict=True):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = [record["step"] for record in records]
-        panel.plot(steps, [record["train_loss"] for record in records], label="training", alpha=0.6)
-        panel.plot(steps, [record["heldout_loss"] for record in records], label="held out, averaged weights")
-        panel.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-        panel.grid(alpha=0.3, which="both")
-        panel.legend()
-    figure.tight_layout()
-    figure.savefig(target, dpi=90)
 
 
 @app.command()

@@ -216,34 +216,44 @@ def trajectory(sprite: SpriteSpec, speed: float, num_frames: int = NUM_FRAMES) -
     return centres.astype(np.float32), directions.astype(np.float32)
 
 
-def _draw_sprite(frames: FloatArray, sprite: SpriteSpec, speed: float) -> None:
-    """Paint one sprite over `frames` (FCHW, 0..255) in place, anti-aliased over one pixel."""
-    kind = KINDS[sprite.kind]
-    centres, directions = trajectory(sprite, speed, len(frames))
+def paint(frames: FloatArray, looks: tuple[str, str, float], centres: FloatArray, directions: FloatArray) -> None:
+    """Paint a sprite that looks like (kind, colour, radius) over `frames` (FCHW, 0..255) in place.
+
+    It is anti-aliased over one pixel; `centres` and `directions` are (frames, 2), as of `trajectory`.
+    """
+    name, colour_name, radius = looks
+    kind = KINDS[name]
     rows, columns = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + np.float32(0.5)
-    dx = (columns - centres[:, 0, None, None]) / sprite.radius
-    dy = (rows - centres[:, 1, None, None]) / sprite.radius
+    dx = (columns - centres[:, 0, None, None]) / radius
+    dy = (rows - centres[:, 1, None, None]) / radius
     cos, sin = directions[:, 0, None, None], directions[:, 1, None, None]
     if kind.upright:
         x, y = dx * np.sign(cos), dy
     else:
         x, y = dx * cos + dy * sin, dy * cos - dx * sin
     for distance, role in kind.layers:
-        coverage = np.clip(0.5 - distance(x, y) * sprite.radius, 0, 1)[:, None]
-        colour = np.asarray(_layer_colour(role, sprite.colour), dtype=np.float32)[:, None, None]
+        coverage = np.clip(0.5 - distance(x, y) * radius, 0, 1)[:, None]
+        colour = np.asarray(_layer_colour(role, colour_name), dtype=np.float32)[:, None, None]
         frames += coverage * (colour - frames)
+
+
+def backdrop_column(backdrop: str, horizon: float) -> FloatArray:
+    """Return one column of a bare backdrop, (3, height) in 0..255; all its columns are alike."""
+    top, bottom, ground = (np.asarray(colour, dtype=np.float32) for colour in BACKDROPS[backdrop])
+    rows = np.arange(IMAGE_SIZE, dtype=np.float32)
+    mix = np.clip(rows / horizon, 0, 1)[:, None]
+    sky = top + mix * (bottom - top)
+    column: FloatArray = sky + np.clip(rows + 1 - horizon, 0, 1)[:, None] * (ground - sky)
+    return column.T
 
 
 def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES) -> NDArray[np.uint8]:
     """Render a clip as uint8 FCHW (RGB)."""
-    top, bottom, ground = (np.asarray(colour, dtype=np.float32) for colour in BACKDROPS[spec.backdrop])
-    rows = np.arange(IMAGE_SIZE, dtype=np.float32)
-    mix = np.clip(rows / spec.horizon, 0, 1)[:, None]
-    sky = top + mix * (bottom - top)
-    column = sky + np.clip(rows + 1 - spec.horizon, 0, 1)[:, None] * (ground - sky)
-    frames = np.broadcast_to(column.T[None, :, :, None], (num_frames, 3, IMAGE_SIZE, IMAGE_SIZE)).copy()
+    column = backdrop_column(spec.backdrop, spec.horizon)
+    frames = np.broadcast_to(column[None, :, :, None], (num_frames, 3, IMAGE_SIZE, IMAGE_SIZE)).copy()
     for sprite in spec.sprites:
-        _draw_sprite(frames, sprite, spec.speed)
+        centres, directions = trajectory(sprite, spec.speed, num_frames)
+        paint(frames, (sprite.kind, sprite.colour, sprite.radius), centres, directions)
     return np.rint(frames).astype(np.uint8)
 
 

@@ -1,31 +1,36 @@
-"""Train the small image-to-video model on procedural sprites: `python -m examples.small_model.train --help`.
+"""Train the small models on procedural sprites: `python -m examples.small_model.train --help`.
 
-Stages, each resumed from its checkpoint when run again: `vae`, then `decoder` and `unet` (in any order, or
-side by side), then `export`.
+Stages, each resumed from its checkpoint when run again. The image-to-video model: `vae`, then `decoder` and `unet` (in
+any order, or side by side), then `export`. The text-to-video model learns the latents of the exported autoencoder:
+`dit`, then `export-dit`.
 """
 
 from __future__ import annotations
 
 import functools
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
+from diffusers import AutoencoderKLTemporalDecoder, LattePipeline, StableVideoDiffusionPipeline
 
-from examples.small_model import config, data, losses
+from examples.small_model import config, data, dit, losses
 from examples.small_model.fit import FitOptions, Run, fit
 from examples.small_model.sprites import NUM_FRAMES
 
 NUM_TRAINING_CLIPS = 4096
 NUM_HELDOUT_CLIPS = 64
 BATCH_CLIPS = 4
+NUM_CAPTIONED_CLIPS = 6144
 VAE_IMAGES = 8
 """Images a step while the autoencoder trains; its temporal decoder is then tuned on one whole clip a step."""
 
 RUNS = Path("runs/small_model")
 MODEL_FOLDER = Path(__file__).parent / "svd-sprites"
+DIT_FOLDER = Path(__file__).parent / "latte-sprites"
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Folder = Annotated[Path, typer.Option(help="Checkpoints, logs and cached data.")]
@@ -85,15 +90,36 @@ def unet_loss(denoiser: config.Denoiser, generator: torch.Generator, *, pool: da
 
 def evaluate_unet(denoiser: config.Denoiser, *, pool: data.LatentPool) -> dict[str, float]:
     """Return the held-out loss over fixed noise, its noise levels at even quantiles of the training distribution."""
-    quantiles = (torch.arange(len(pool)) + 0.5) / len(pool)
-    log_sigma = losses.log_sigma_at(quantiles)
-    values = torch.randn(pool.latents.shape, generator=torch.Generator().manual_seed(0))
-    parts = []
-    for clips in torch.arange(len(pool)).split(BATCH_CLIPS):
-        kept = torch.zeros(len(clips), dtype=torch.bool)
-        noise = losses.Noise(log_sigma[clips], values[clips], kept)
-        parts.append(losses.denoising_losses(denoiser, pool, clips, noise))
+    noise = losses.even_noise(pool.latents.shape, losses.UNET_LEVELS)
+    parts = [
+        losses.denoising_losses(denoiser, pool, clips, noise[clips])
+        for clips in torch.arange(len(pool)).split(BATCH_CLIPS)
+    ]
     return {"heldout_loss": float(torch.cat(parts).mean())}
+
+
+def dit_loss(
+    denoiser: dit.TextDenoiser, generator: torch.Generator, *, pool: data.CaptionPool, batch: int = BATCH_CLIPS
+) -> torch.Tensor:
+    """Return the loss of one random batch of captioned clips."""
+    clips = torch.randint(len(pool), (batch,), generator=generator)
+    shape = torch.Size((batch, *pool.latents.shape[1:]))
+    noise = losses.draw_noise(shape, generator, losses.DIT_LEVELS)
+    return losses.text_denoising_losses(denoiser, pool, clips, noise).mean()
+
+
+def evaluate_dit(denoiser: dit.TextDenoiser, *, pool: data.CaptionPool) -> dict[str, float]:
+    """Return the held-out loss over fixed noise, and the same with the captions of other clips."""
+    noise = losses.even_noise(pool.latents.shape, losses.DIT_LEVELS)
+    exchanged = replace(pool, token_ids=pool.token_ids.roll(1, dims=0))
+    figures = {}
+    for name, asked in (("heldout_loss", pool), ("other_caption_loss", exchanged)):
+        parts = [
+            losses.text_denoising_losses(denoiser, asked, clips, noise[clips])
+            for clips in torch.arange(len(pool)).split(BATCH_CLIPS)
+        ]
+        figures[name] = float(torch.cat(parts).mean())
+    return figures
 
 
 def _load_average(module: torch.nn.Module, folder: Path) -> int:
@@ -185,6 +211,57 @@ def train_unet(
     fit(run, functools.partial(unet_loss, pool=pool), functools.partial(evaluate_unet, pool=heldout))
 
 
+def shipped_vae() -> AutoencoderKLTemporalDecoder:
+    """Return the exported autoencoder of the image-to-video model, in float32."""
+    return AutoencoderKLTemporalDecoder.from_pretrained(MODEL_FOLDER, subfolder="vae", torch_dtype=torch.float32)
+
+
+@app.command("dit")
+def train_dit(
+    folder: Folder = RUNS,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    steps: int = 12000,
+    decay_steps: int = 3000,
+    minutes: Minutes = None,
+    learning_rate: float = 1.5e-3,
+    batch: Annotated[int, typer.Option(help="Clips a step.")] = BATCH_CLIPS,
+) -> None:
+    """Train the transformer and the text encoder on captioned clips."""
+    torch.set_num_threads(threads)
+    vae = shipped_vae()
+    pool = data.load_caption_pool(vae, seed, NUM_CAPTIONED_CLIPS, folder / "data")
+    heldout = data.load_caption_pool(vae, seed + data.HELDOUT_SEED_OFFSET, NUM_HELDOUT_CLIPS, folder / "data")
+    torch.manual_seed(seed)
+    options = FitOptions(
+        folder / "dit", seed, steps, learning_rate, decay_steps=decay_steps, evaluate_every=200, minutes=minutes
+    )
+    run = Run(dit.TextDenoiser(dit.DiTConfig()), options)
+    fit(run, functools.partial(dit_loss, pool=pool, batch=batch), functools.partial(evaluate_dit, pool=heldout))
+
+
+def _say_size(target: Path, step: int) -> None:
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    typer.echo(f"step {step}: wrote {size / 1e6:.2f} MB to {target.name}")
+
+
+@app.command("export-dit")
+def export_dit(folder: Folder = RUNS, target: Path = DIT_FOLDER) -> None:
+    """Write the averaged weights of the text-to-video model as a float16 pipeline folder."""
+    denoiser = dit.TextDenoiser(dit.DiTConfig())
+    step = _load_average(denoiser, folder / "dit")
+    pipeline = LattePipeline(
+        tokenizer=dit.make_tokenizer(),
+        text_encoder=denoiser.text_encoder.half(),
+        vae=shipped_vae().half(),
+        transformer=denoiser.transformer.half(),
+        scheduler=config.make_scheduler(),
+    )
+    pipeline.save_pretrained(target)
+    shutil.copytree(MODEL_FOLDER / "vae", target / "vae", dirs_exist_ok=True)  # saving writes where it was loaded from
+    _say_size(target, step)
+
+
 @app.command("export")
 def export(folder: Folder = RUNS, seed: Seed = 0, threads: Threads = 1, target: Path = MODEL_FOLDER) -> None:
     """Write the averaged weights as a float16 pipeline folder."""
@@ -202,8 +279,7 @@ def export(folder: Folder = RUNS, seed: Seed = 0, threads: Threads = 1, target: 
         feature_extractor=config.make_feature_extractor(),
     )
     pipeline.save_pretrained(target)
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    typer.echo(f"step {step}: wrote {size / 1e6:.2f} MB to {target.name}")
+    _say_size(target, step)
 
 
 if __name__ == "__main__":
