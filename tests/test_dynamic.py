@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._dynamo.backends.registry import _BACKENDS, _COMPILER_FNS, register_backend
 
 import lightcache_fx as lc
 from lightcache_fx import Cache, Chunk, Compile, Policy, Swap
@@ -660,22 +659,6 @@ def test_a_third_size_is_compiled_no_more(compiler: str) -> None:
         if index:
             assert compilations(transformed) == {"full": 1, "reuse": 1}, frames
     assert is_dynamic(transformed) == [False, True, True, True, True]
-
-
-@pytest.fixture
-def backend() -> Iterator[Callable[[Callable[..., Any]], str]]:
-    """Registers a function as a backend for the time of the test."""
-    names: list[str] = []
-
-    def register(function: Callable[..., Any]) -> str:
-        names.append(f"test_dynamic_{len(names)}")
-        register_backend(function, name=names[-1])
-        return names[-1]
-
-    yield register
-    for name in names:
-        _BACKENDS.pop(name, None)
-        _COMPILER_FNS.pop(name, None)
 
 
 def symbolic(inputs: Any) -> bool:

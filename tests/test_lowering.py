@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._dynamo.backends.registry import _BACKENDS, _COMPILER_FNS, register_backend
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -36,22 +35,6 @@ def states(module: nn.Module) -> dict[str, CompileState]:
 def steps(module: nn.Module, times: list[int] = TIMES) -> list[torch.Tensor]:
     inputs = ({"sample": latent(i), "timestep": t, "encoder_hidden_states": prompt(0)} for i, t in enumerate(times))
     return [plain_step(module, **given)[0] for given in inputs]
-
-
-@pytest.fixture
-def backend() -> Iterator[Callable[[Callable[..., Any]], str]]:
-    """Registers a function as a backend for the time of the test."""
-    names: list[str] = []
-
-    def register(function: Callable[..., Any]) -> str:
-        names.append(f"test_backend_{len(names)}")
-        register_backend(function, name=names[-1])
-        return names[-1]
-
-    yield register
-    for name in names:
-        _BACKENDS.pop(name, None)
-        _COMPILER_FNS.pop(name, None)
 
 
 # Equal results ----------------------------------------------------------------------------------------------------
