@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lightcache_fx.graphs import (
     alias_root,
@@ -134,12 +135,15 @@ def _functional(
     for node in touching:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
     graph.output(tuple(mapping[node] for node in results))
+    if not touching:
+        return graph
     apart = fx.GraphModule(graph_module, graph)
     fakes = [node.meta["val"] for node in inputs]
     mode = detect_fake_mode([node.meta["val"] for node in touching])
     assert mode is not None
     with mode, torch.fx.traceback.preserve_node_meta():
         traced = make_fx(functionalize(fx.Interpreter(apart).run))(*fakes)
+        FakeTensorProp(traced, mode).propagate_dont_convert_inputs(*fakes)  # else some values are of another mode
     return traced.graph
 
 

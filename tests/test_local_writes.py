@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 
 import lightcache_fx as lc
@@ -46,6 +47,7 @@ def assert_functional(function: Callable[..., Any]) -> str:
     assert functional is not None
     assert not writes_in_place(functional.graph)
     functional.graph.lint()
+    detect_fake_mode([node.meta["val"] for node in functional.graph.nodes if "val" in node.meta])  # raises for several
     assert str(exported.graph) == before
     for seed in (1, 2):
         expected = model(*inputs(seed))
@@ -116,7 +118,21 @@ def scattered(sample: torch.Tensor, other: torch.Tensor) -> Tensors:
     return one, left
 
 
-FUNCTIONS = [rotary, versions, a_view_from_before, two_at_once, copies_and_views, unannotated_alias, scattered]
+def only_a_constant(sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """PyTorch detaches a tensor that is made of Python data in place."""
+    return sample * other + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+
+FUNCTIONS = [
+    only_a_constant,
+    rotary,
+    versions,
+    a_view_from_before,
+    two_at_once,
+    copies_and_views,
+    unannotated_alias,
+    scattered,
+]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
