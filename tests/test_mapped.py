@@ -90,7 +90,9 @@ def test_a_diffusers_folder(tmp_path: Path, sharded: bool) -> None:
     assert all(map(is_mapped, empty.parameters()))
     sample = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
-        assert torch.equal(empty(sample, 3).sample, model(sample, 3).sample)
+        found, expected = empty(sample, 3).sample, model(sample, 3).sample
+    # The weights are the same bits; kernels may add them up in another order where memory is aligned otherwise.
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
@@ -106,15 +108,17 @@ def test_dtypes_are_those_of_the_file(tmp_path: Path, dtype: torch.dtype) -> Non
 def test_nothing_is_allocated_and_nothing_is_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.safetensors", weight=torch.ones(1000, 1000), bias=torch.ones(1000))
     empty = on_meta(nn.Linear, 1000, 1000)
-    before = resident_bytes()
     assert measure_peak(lambda: map_weights(empty, path)).peak_bytes == 0
-    assert resident_bytes() - before < 2**21
+    assert resident_bytes(path) < 2**21
     assert empty.weight.sum() == 1e6
-    assert resident_bytes() - before > 3 * 2**20
+    assert resident_bytes(path) > 3 * 2**20
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGESIZE")
+def resident_bytes(path: Path) -> int:
+    """Of a mapped file, what is in this process's memory."""
+    _, *mappings = Path("/proc/self/smaps").read_text(encoding="utf-8").split(f" {path}\n")
+    assert mappings
+    return sum(int(re.search(r"^Rss: +(\d+) kB", mapping, re.MULTILINE)[1]) * 1024 for mapping in mappings)
 
 
 def test_a_file_larger_than_memory(tmp_path: Path) -> None:
