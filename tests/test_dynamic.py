@@ -796,7 +796,7 @@ def batched(make_inputs: Callable[..., dict[str, Any]], batch: int, step: int) -
 REAL = {"sd": Cache(cut=0, interval=2), "pixart": Cache(cut="auto", interval=2)}
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [pytest.param("sd", marks=pytest.mark.slow), "pixart"])
 def test_real_models_at_several_batch_sizes(name: str, captures: Captures) -> None:
     model, make_inputs = ZOO[name].build()
     transformed = lc.transform(model, Policy(cache=REAL[name]))
