@@ -298,7 +298,11 @@ def test_runs_branches_and_interruptions() -> None:
 def test_a_run_with_everything_on_compiles_nothing_anew(name: str) -> None:
     model, make_inputs = ZOO[name].build()
     policy = lc.Policy(
-        cache=lc.Cache(cut="auto", interval=8), swap=lc.Swap(budget="60%"), chunk=lc.Chunk(budget="95%"), compile=EAGER
+        cache=lc.Cache(cut="auto", interval=8),
+        swap=lc.Swap(budget="60%"),
+        chunk=lc.Chunk(budget="95%"),
+        hoist=False,
+        compile=EAGER,
     )
     inputs = run_inputs(make_inputs, 0, 25)
     whole = lc.transform(model, policy.model_copy(update={"compile": None}))
