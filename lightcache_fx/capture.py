@@ -25,8 +25,7 @@ from lightcache_fx.calls import Call, CallLayout
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError, SwapError
 from lightcache_fx.fetching import WeightsAway, aliases
-from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders
-from lightcache_fx.local_writes import written_input
+from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders, written_input
 from lightcache_fx.marks import Mark, place_marks
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.opaque import bind_opaque_calls, opaque_submodules, suspect_path

@@ -202,6 +202,28 @@ def is_impure(node: fx.Node) -> bool:
     return schema is not None and (schema.is_mutable or not schema.returns)
 
 
+def written_by(node: fx.Node) -> Iterator[object]:
+    """The arguments that a call writes to, by its operator's alias annotations: nodes, lists of nodes, or None."""
+    schema = schema_of(node)
+    if schema is None or not schema.is_mutable:
+        return
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield given.get(argument.name)
+
+
+def writes_in_place(graph: fx.Graph) -> bool:
+    """Whether a call writes to one of its arguments."""
+    return any(True for node in graph.nodes for _ in written_by(node))
+
+
+def written_input(graph: fx.Graph) -> fx.Node | None:
+    """A placeholder whose memory a call writes to; None where there is none."""
+    roots = (alias_root(value) for node in graph.nodes for value in written_by(node) if isinstance(value, fx.Node))
+    return next((root for root in roots if root.op == "placeholder"), None)
+
+
 def eliminate_dead_code(graph: fx.Graph) -> int:
     """Remove pure calls without users; returns how many went. Placeholders stay."""
     before = len(graph.nodes)

@@ -21,8 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import CallLayout, method_of
 from lightcache_fx.errors import ArgumentError, CaptureError
-from lightcache_fx.graphs import GraphInput
-from lightcache_fx.local_writes import without_local_writes, writes_in_place
+from lightcache_fx.graphs import GraphInput, writes_in_place
 from lightcache_fx.marks import Mark, marked_modules
 
 WRAPPER = "model"
@@ -115,7 +114,7 @@ class Traced:
 def trace_by_export(
     flat: FlatCall, tensors: tuple[torch.Tensor, ...], *, fake: bool = False, varying: Varying = MappingProxyType({})
 ) -> Traced:
-    """`torch.export`, non-strict; functionalised only where the model writes in place.
+    """`torch.export`, non-strict; functionalised where the model writes in place, as a whole only where that needs it.
 
     Args:
         flat: the model; its weights may be fake.
@@ -123,16 +122,15 @@ def trace_by_export(
         fake: whether constants may be fake too, because nothing will ever be computed with them.
         varying: dimensions that become symbols, as far as the trace leaves them open.
     """
+    from lightcache_fx.passes.functionalize_writes import functionalize_writes
+
     shapes = tuple(dict.fromkeys(varying.get(index, ()), Dim.AUTO) for index in range(len(tensors)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,) if varying else None, strict=False)
-        graph_module = program.graph_module
-        if writes_in_place(graph_module.graph):
-            functional = without_local_writes(graph_module)
-            if functional is None:
-                program = program.run_decompositions({})
-            graph_module = functional or program.graph_module
+        functionalize_writes(program.graph_module.graph)
+        if writes_in_place(program.graph_module.graph):
+            program = program.run_decompositions({})
     signature = program.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
@@ -158,7 +156,7 @@ def trace_by_export(
             inputs.append(GraphInput("user", leaf.name, leaf.rate))
         else:
             raise CaptureError(f"forward uses a {spec.kind.name.lower()} input, which has no place in a static program")
-    return Traced(graph_module, inputs, constants)
+    return Traced(program.graph_module, inputs, constants)
 
 
 def trace_real_tensors(flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Traced:

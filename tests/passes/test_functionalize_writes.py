@@ -1,4 +1,4 @@
-"""Writes in place inside a model: captured without a second trace, and every value is what eager makes it."""
+"""Writes in place become values: each is what eager makes it, and nothing else is traced again."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given as drawn
+from hypothesis import settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 
 import lightcache_fx as lc
+from golden import check_golden
+from graphs import apply_to, as_module, captured, operators
+from lightcache_fx import diff
 from lightcache_fx.errors import CaptureError
-from lightcache_fx.local_writes import without_local_writes, writes_in_place
+from lightcache_fx.graphs import GraphInput, placeholders, writes_in_place
+from lightcache_fx.passes.base import PassResult
+from lightcache_fx.passes.functionalize_writes import functionalize_writes
 from oracle import assert_bitwise, plain_step
 
 Tensors = tuple[torch.Tensor, ...]
-
-
-class Model(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, sample: torch.Tensor, other: torch.Tensor) -> Any:
-        return self.function(sample, other)
 
 
 def inputs(seed: int) -> Tensors:
@@ -36,24 +33,31 @@ def inputs(seed: int) -> Tensors:
     return torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
 
 
-def assert_functional(function: Callable[..., Any]) -> str:
-    """The exported graph without its writes computes what the function does; returns its code."""
-    model = Model(function)
-    program = torch.export.export(model, inputs(0), strict=False)
-    exported, constants = program.graph_module, program.constants.values()
-    assert writes_in_place(exported.graph)
-    before = str(exported.graph)
-    functional = without_local_writes(exported)
-    assert functional is not None
-    assert not writes_in_place(functional.graph)
-    functional.graph.lint()
-    detect_fake_mode([node.meta["val"] for node in functional.graph.nodes if "val" in node.meta])  # raises for several
-    assert str(exported.graph) == before
+def exported(function: Callable[..., Any]) -> tuple[fx.GraphModule, Tensors]:
+    """The graph as export leaves it, and the constants that it takes before its inputs."""
+    program = torch.export.export(as_module(function), inputs(0), strict=False)
+    constants = tuple(program.constants.values())
+    for index, node in enumerate(placeholders(program.graph_module.graph)):
+        kind = "constant" if index < len(constants) else "user"
+        node.meta["lightcache_input"] = GraphInput(kind, node.name, "latent")  # type: ignore[arg-type]
+    assert writes_in_place(program.graph_module.graph)
+    return program.graph_module, constants
+
+
+def assert_functional(function: Callable[..., Any]) -> tuple[fx.GraphModule, PassResult]:
+    """The pass makes the graph functional, and it computes what the function does."""
+    graph_module, constants = exported(function)
+    result = apply_to(graph_module, functionalize_writes)
+    assert result.modified
+    assert not writes_in_place(graph_module.graph)
+    detect_fake_mode(
+        [node.meta["val"] for node in graph_module.graph.nodes if "val" in node.meta]
+    )  # raises for several
     for seed in (1, 2):
-        expected = model(*inputs(seed))
-        found = functional(*constants, *inputs(seed))
+        expected = function(*inputs(seed))
+        found = graph_module(*constants, *inputs(seed))
         assert_bitwise(list(found), list(expected) if isinstance(expected, tuple) else [expected])
-    return functional.code
+    return graph_module, result
 
 
 def rotary(sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -135,9 +139,30 @@ FUNCTIONS = [
 ]
 
 
+def test_golden() -> None:
+    before, _ = exported(rotary)
+    after, _ = assert_functional(rotary)
+    check_golden(diff(before, after), "functionalize_writes", __file__)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_functional_in_place(function: Callable[..., Any]) -> None:
-    assert_functional(function)
+def test_numbers(function: Callable[..., Any]) -> None:
+    _, result = assert_functional(function)
+    assert (result.counts["writes"] > 0) == (function is not only_a_constant)
+    assert result.counts["detached"] == (function in (only_a_constant, scattered))
+
+
+def test_not_where_nothing_is_written() -> None:
+    given = captured(lambda sample, other: (sample[0] * other).t(), *inputs(0), normalized=False)
+    after, result = given.apply(functionalize_writes)
+    assert not result.modified
+    assert operators(after) == operators(given.graph_module)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_second_application_does_nothing(function: Callable[..., Any]) -> None:
+    graph_module, _ = assert_functional(function)
+    assert not apply_to(graph_module, functionalize_writes).modified
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -146,7 +171,7 @@ def test_captured_without_a_second_trace(function: Callable[..., Any], monkeypat
         raise AssertionError("the whole program is traced again")
 
     monkeypatch.setattr(ExportedProgram, "run_decompositions", refuse)
-    model = Model(function).eval()
+    model = as_module(function)
     transformed = lc.transform(model, lc.Policy())
     for seed in (1, 2):
         given = dict(zip(("sample", "other"), inputs(seed), strict=True))
@@ -163,9 +188,8 @@ def test_what_stands_apart_is_not_touched() -> None:
         written[0] = 5.0
         return (written.flatten() * apart).reshape(2, -1)
 
-    code = assert_functional(function)
-    for kept in ("layer_norm", "aten.reshape.default", "aten.flatten.using_ints"):
-        assert kept in code
+    after, _ = assert_functional(function)
+    assert {"aten.layer_norm.default", "aten.reshape.default", "aten.flatten.using_ints"} <= set(operators(after))
 
 
 def lists(sample: torch.Tensor, other: torch.Tensor) -> Tensors:
@@ -174,24 +198,31 @@ def lists(sample: torch.Tensor, other: torch.Tensor) -> Tensors:
     return one, two
 
 
-def test_what_is_traced_again() -> None:
-    """Lists of tensors are left to PyTorch, and right."""
-    exported = torch.export.export(Model(lists), inputs(0), strict=False).graph_module
-    assert without_local_writes(exported) is None
-    model = Model(lists).eval()
+def to_an_input(sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    sample[0] = 1.0
+    return sample * other
+
+
+@pytest.mark.parametrize("function", [lists, to_an_input])
+def test_not_where_that_needs_more_than_the_writes(function: Callable[..., Any]) -> None:
+    graph_module, _ = exported(function)
+    before = operators(graph_module)
+    assert not apply_to(graph_module, functionalize_writes).modified
+    assert operators(graph_module) == before
+
+
+def test_lists_are_left_to_the_second_trace() -> None:
     given = dict(zip(("sample", "other"), inputs(3), strict=True))
+    model = as_module(lists)
     assert_bitwise(plain_step(lc.transform(model, lc.Policy()), **given), plain_step(model, **given))
 
 
 def test_writes_to_what_is_given_are_refused() -> None:
-    def to_an_input(sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        sample[0] = 1.0
-        return sample * other
-
+    given = dict(zip(("sample", "other"), inputs(3), strict=True))
     with pytest.raises(
         CaptureError, match=r"by trace: CaptureError: forward writes to its argument sample; a step must be pure"
     ):
-        plain_step(lc.transform(Model(to_an_input).eval(), lc.Policy()), sample=inputs(0)[0], other=inputs(0)[1])
+        plain_step(lc.transform(as_module(to_an_input), lc.Policy()), **given)
 
 
 VIEWS: list[Callable[[torch.Tensor], torch.Tensor]] = [
@@ -213,7 +244,7 @@ STEPS = st.tuples(st.sampled_from(["view", "write", "read", "make"]), st.integer
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(STEPS, min_size=3, max_size=12).filter(lambda steps: any(kind == "write" for kind, _, _ in steps)))
+@drawn(st.lists(STEPS, min_size=3, max_size=12).filter(lambda steps: any(kind == "write" for kind, _, _ in steps)))
 def test_random_programs(steps: list[tuple[str, int, int]]) -> None:
     def function(sample: torch.Tensor, other: torch.Tensor) -> Tensors:
         values = [sample * 2, other + 1]
