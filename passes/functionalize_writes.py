@@ -12,7 +12,6 @@ from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lightcache_fx.graphs import (
     ancestors,
@@ -129,7 +128,6 @@ def _functional(touching: Sequence[fx.Node], inputs: Sequence[fx.Node], results:
     assert mode is not None
     with mode, torch.fx.traceback.preserve_node_meta():
         traced = make_fx(functionalize(fx.Interpreter(apart).run))(*fakes)
-        FakeTensorProp(traced, mode).propagate_dont_convert_inputs(*fakes)  # tracing leaves some values in other modes
     return traced.graph
 
 

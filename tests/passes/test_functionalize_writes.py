@@ -127,8 +127,22 @@ def only_a_constant(sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return sample * other + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 
 
+def from_nothing(sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    one = torch.zeros(4, 6)
+    one[1:3] = 1.0
+    return sample + one
+
+
+def detached_first(sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    one = (sample * 2).detach_()
+    one[0] = other[0]
+    return one.exp()
+
+
 FUNCTIONS = [
     only_a_constant,
+    from_nothing,
+    detached_first,
     rotary,
     versions,
     a_view_from_before,
@@ -201,6 +215,14 @@ def lists(sample: torch.Tensor, other: torch.Tensor) -> Tensors:
 def to_an_input(sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     sample[0] = 1.0
     return sample * other
+
+
+def test_not_where_it_is_not_known_who_shares_memory() -> None:
+    graph_module, _ = exported(rotary)
+    written = next(node.args[0] for node in graph_module.graph.nodes if node.target == torch.ops.aten.copy_.default)
+    with written.meta["val"].fake_mode:
+        written.meta["val"] = written.meta["val"].clone()
+    assert not apply_to(graph_module, functionalize_writes).modified
 
 
 @pytest.mark.parametrize("function", [lists, to_an_input])
