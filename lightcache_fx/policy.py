@@ -298,7 +298,9 @@ def _read(kind: type[S], value: object) -> object:
 
 
 class Compile(_Settings):
-    """Compile each program by a backend of `torch.compile`; no program is ever compiled anew for a size that it had.
+    """Compile the programs of steps by a backend of `torch.compile`, each once for a size, or for sizes that vary.
+
+    The prologue runs once a generation and is not compiled.
 
     Attributes:
         backend: `inductor`, `eager`, `aot_eager`, or any other that is registered (`torch.compiler.list_backends()`).

@@ -298,7 +298,9 @@ class BoundProgram:
         }
         self._run: Callable[..., Sequence[torch.Tensor]] = program.graph_module.forward
         self.compile_state: CompileState | None = None
-        if settings is not None:
+        if (
+            settings is not None and program.name != "prologue"
+        ):  # it runs once a generation: no compiler pays for itself
             self._run, self.compile_state = lower(program.graph_module, settings, program.name, packages)
         self.keep_resident(resident)
 
