@@ -17,6 +17,7 @@ from torch import nn
 from lightcache_fx.capture import Capture
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.compiled import Compiled
+from lightcache_fx.dynamic import at_its_size
 from lightcache_fx.encoding import encode, encode_tree
 from lightcache_fx.errors import ArgumentError, LoadError, SaveError
 from lightcache_fx.manifest import (
@@ -72,9 +73,9 @@ def save(
         lightcache_fx.save(unet, "unet.lightcache")
 
     Every signature is saved that the module has programs for in its present state, as planned for each number of
-    guidance branches that a step has had; a loaded module takes these calls and no others. Programs of sizes that vary
-    (`Policy.dynamic`) are left out, with a warning that names the sizes. The folder is made in one step: it is there as
-    a whole, or not at all.
+    guidance branches that a step has had; a loaded module takes these calls and no others. Of sizes that vary
+    (`Policy.dynamic`) each that has been called is saved by itself; with `compiled` they are left out, with a warning
+    that names them. The folder is made in one step: it is there as a whole, or not at all.
 
     Args:
         module: that `transform` returned, called at least once.
@@ -87,9 +88,8 @@ def save(
 
     Raises:
         ArgumentError: `module` is not transformed.
-        SaveError: it has no programs but those of sizes that vary, they cannot run without the model's class or are
-            swapped, `weights` are others, they cannot be compiled ahead of time, or the folder exists. Nothing was
-            written.
+        SaveError: it has no programs, they cannot run without the model's class or are swapped, `weights` are others,
+            they cannot be compiled ahead of time, or the folder exists. Nothing was written.
     """
     if not isinstance(module, TransformedModule):
         raise ArgumentError(
@@ -104,24 +104,17 @@ def save(
     _check_target(target, overwrite)
     with CAPTURE_LOCK.running(), torch.no_grad():
         present = [made for runtime in added.runtimes.values() for made in runtime.current()]
-        found = [every for every in present if every[-1].signature.dynamic is None]
-        if present and not found:
-            raise SaveError(
-                f"save: the programs of {type(module).__name__} are of sizes that vary, which are not saved; transform"
-                f" it with Policy(dynamic=False), and call it once for each size"
-            )
+        found = list(_savable(present, added.original, compiled=compiled))
         if not found:
             raise SaveError(
-                f"save: {type(module).__name__} has no programs in the state that it is in; call it once, as it will be"
-                f" called"
-            )
-        for every in present:
-            if every[-1].signature.dynamic is not None:
-                log.warning(
-                    "save: left out %s, whose programs are of sizes that vary; to save each size by itself transform"
-                    " the module with Policy(dynamic=False)",
-                    every[-1].capture.layout.shapes(),
+                f"save: {type(module).__name__} has no programs"
+                + (
+                    " but those of sizes that vary, of which none can be saved as asked; transform it with"
+                    " Policy(dynamic=False), and call it once for each size"
+                    if present
+                    else " in the state that it is in; call it once, as it will be called"
                 )
+            )
         writer = _Writer(added.original, settings)
         for every in found:
             *others, last = (made for made in every if not made.plan.beside)
@@ -134,6 +127,26 @@ def save(
         writer.files[POLICY] = added.policy.to_yaml().encode()
         with _made_in_one_step(target) as partial:
             writer.write(partial, weights, added.runtimes)
+
+
+def _savable(present: Iterable[list[Compiled]], module: nn.Module, *, compiled: bool) -> Iterator[list[Compiled]]:
+    """What can be saved, a size of those that vary as it is at that size; what is left out is named in a warning."""
+    for every in present:
+        if every[-1].signature.dynamic is None:
+            yield every
+            continue
+        fixed = None if compiled else at_its_size(every[-1], module)
+        if fixed is not None:
+            yield [fixed]
+            continue
+        why = (
+            "nothing is compiled for that size alone" if compiled else "a plan for that size would keep something else"
+        )
+        log.warning(
+            "save: left out %s, of sizes that vary: %s; to save it transform the module with Policy(dynamic=False)",
+            every[-1].capture.layout.shapes(),
+            why,
+        )
 
 
 class _Writer:

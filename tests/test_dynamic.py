@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 import lightcache_fx as lc
-from lightcache_fx import Cache, Chunk, Compile, Policy, Swap
+from lightcache_fx import Cache, Chunk, Policy, Swap
 from lightcache_fx import dynamic as dynamic_module
 from lightcache_fx import runtime as runtime_module
 from lightcache_fx.calls import Call, CallReader
-from lightcache_fx.dynamic import may_be_dynamic, resized
-from lightcache_fx.self_checks import own_results
+from lightcache_fx.resizing import resized
 from oracle import HookOracle, assert_bitwise, plain_step
+from sizes_cases import TIMES, at_batch, check, entries, is_dynamic, of_toy, of_video, told, toy, video
 from toys import Denoiser, Tower, Watched, latent, prompt
 from zoo import ZOO
-
-TIMES = [981, 884, 787, 690, 593, 496]
 
 
 class Captures:
@@ -57,52 +53,10 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     return found
 
 
-def entries(module: nn.Module) -> list[Any]:
-    return list(module._lightcache.runtime.compiled.values())
-
-
-def is_dynamic(module: nn.Module) -> list[bool]:
-    """Of each size in the order of last use: whether its programs are those of sizes that vary."""
-    return [made.signature.dynamic is not None for made in entries(module)]
-
-
-def at_batch(batch: int, seed: int = 0, time: float = 981) -> dict[str, Any]:
-    return {"sample": latent(seed, batch), "timestep": time, "encoder_hidden_states": prompt(seed, batch)}
-
-
-def check(model: nn.Module, transformed: nn.Module, **inputs: Any) -> None:
-    assert_bitwise(plain_step(transformed, **inputs), plain_step(model, **inputs))
-
-
-def told(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
-    return [record.getMessage() for record in caplog.records if text in record.getMessage()]
-
-
 @pytest.fixture(autouse=True)
 def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     with caplog.at_level(logging.INFO, logger="lightcache_fx"):
         yield
-
-
-def toy(function: Callable[..., torch.Tensor]) -> nn.Module:
-    """A model of the latent `x`, the timestep `t` and a conditioning `c`."""
-
-    class Toy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
-            return function(self.layer(x), c) * t
-
-    return Toy().eval().requires_grad_(False)
-
-
-def of_toy(*shape: int, c: tuple[int, ...] | None = None, seed: int = 0) -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(seed)
-    given = {"x": torch.randn(shape, generator=draw), "t": torch.tensor(2.0)}
-    return given if c is None else {**given, "c": torch.randn(c, generator=draw)}
 
 
 # Batches and frames -----------------------------------------------------------------------------------------------
@@ -129,37 +83,6 @@ def test_the_first_size_keeps_the_programs_that_it_has() -> None:
     assert first.route.startswith("export, sample.shape[0] = s")
     check(model, transformed, **at_batch(2))
     assert lc.inspect(transformed).route == "export"
-
-
-class Video(nn.Module):
-    """Attention within frames and between them. x (B, F, L, 4) -> the same; frames are folded into the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inside, self.between, self.out = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(8, 4)
-        self.register_buffer("places", torch.randn(16, 4))
-
-    def attend(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return x + F.scaled_dot_product_attention(*layer(x).chunk(3, dim=-1))
-
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        batch, frames, tokens, width = x.shape
-        skip = x + self.places[:frames, None] + c.mean(1)[:, None, None]
-        x = self.attend(self.inside, skip.reshape(batch * frames, tokens, width))
-        x = x.reshape(batch, frames, tokens, width).transpose(1, 2).reshape(batch * tokens, frames, width)
-        x = self.attend(self.between, x).reshape(batch, tokens, frames, width).transpose(1, 2)
-        return self.out(torch.cat([x, skip], dim=-1)) * timestep
-
-
-def of_video(batch: int, frames: int, words: int = 3, step: int = 0, seed: int = 0) -> dict[str, Any]:
-    draw, fixed = torch.Generator().manual_seed(100 * seed + step), torch.Generator().manual_seed(seed)
-    x, c = torch.randn(batch, frames, 5, 4, generator=draw), torch.randn(batch, words, 4, generator=fixed)
-    return {"x": x, "timestep": torch.tensor(9.0 - step), "c": c}
-
-
-def video() -> nn.Module:
-    return Video().eval().requires_grad_(False)
 
 
 def test_frames(captures: Captures) -> None:
@@ -633,125 +556,6 @@ def test_in_inference_mode() -> None:
             given = {k: v * 1 if isinstance(v, torch.Tensor) else v for k, v in at_batch(batch).items()}
             assert torch.equal(transformed(**given), model(**given))
     assert is_dynamic(transformed) == [False, True, True]
-
-
-# Compiled ---------------------------------------------------------------------------------------------------------
-
-
-def compilations(module: nn.Module) -> dict[str, int]:
-    return {name: bound.compile_state.compiled for name, bound in entries(module)[-1].bound.items()}
-
-
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_third_size_is_compiled_no_more(compiler: str) -> None:
-    model = video()
-    cache = Cache(cut="between", interval=2)
-    plain = lc.transform(model, Policy(cache=cache, dynamic=False))
-    transformed = lc.transform(model, Policy(cache=cache, compile=Compile(backend=compiler)))
-    for index, frames in enumerate((4, 6, 7, 5, 12)):
-        for step in range(3):
-            inputs = of_video(2, frames, step=step, seed=frames)
-            found, expected = plain_step(transformed, **inputs), plain_step(plain, **inputs)
-            if compiler == "inductor":
-                assert float((found[0] - expected[0]).abs().max()) <= 1e-5 * float(expected[0].abs().max())
-            else:
-                assert_bitwise(found, expected, f"{frames}, {step}")
-        if index:
-            assert compilations(transformed) == {"full": 1, "reuse": 1}, frames
-    assert is_dynamic(transformed) == [False, True, True, True, True]
-
-
-def symbolic(inputs: Any) -> bool:
-    return any(isinstance(n, torch.SymInt) for i in inputs for n in (i.shape if isinstance(i, torch.Tensor) else [i]))
-
-
-def test_a_compiler_that_takes_no_symbols_compiles_each_size(backend: Any, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(graph_module: fx.GraphModule, inputs: Any, **_: Any) -> Any:
-        if symbolic(inputs):
-            raise RuntimeError("numbers only")
-        return graph_module.forward
-
-    model = Denoiser()
-    transformed = lc.transform(model, Policy(compile=Compile(backend=backend(refuse))))
-    for batch in (2, 3, 5, 6, 3):
-        check(model, transformed, **at_batch(batch))
-    assert is_dynamic(transformed)[-1]
-    (text,) = told(caplog, "is compiled for each size by itself")[:1]
-    assert text.endswith("failed: BackendCompilerFailed: backend='counted' raised: RuntimeError: numbers only")
-    assert compilations(transformed)["full"] == 3
-
-
-def test_what_a_compiler_gets_wrong_for_symbols_is_not_used(backend: Any, caplog: pytest.LogCaptureFixture) -> None:
-    def wrong(graph_module: fx.GraphModule, inputs: Any, **_: Any) -> Any:
-        if not symbolic(inputs):
-            return graph_module.forward
-        return lambda *args: [result + 1 for result in graph_module.forward(*args)]
-
-    model = Denoiser()
-    transformed = lc.transform(model, Policy(hoist=False, compile=Compile(backend=backend(wrong))))
-    for batch in (2, 3, 5):
-        check(model, transformed, **at_batch(batch))
-    assert "LoweringError: compile: backend" in told(caplog, "is compiled for each size by itself")[0]
-
-
-def test_each_size_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[torch.Size] = []
-
-    def noted(graph_module: fx.GraphModule, args: Any) -> Any:
-        compared.append(args[-1].shape)
-        return own_results(graph_module, args)
-
-    monkeypatch.setattr("lightcache_fx.lowering.own_results", noted)
-    model = toy(lambda x, c: x.sin() + 0.3125)
-    transformed = lc.transform(model, Policy(compile="eager"))
-    sizes = (2, 3, 5, 3, 5, 7, 2)
-    for batch in sizes:
-        check(model, transformed, **of_toy(batch, 4))
-    assert len(compared) == len(set(sizes))
-
-
-def test_the_callers_tensors_keep_no_mark() -> None:
-    model = Denoiser()
-    transformed = lc.transform(model, Policy(compile="eager"))
-    for batch in (2, 3, 5):
-        given = at_batch(batch)
-        check(model, transformed, **given)
-        for tensor in (given["sample"], given["encoder_hidden_states"]):
-            assert not [name for name in dir(tensor) if "dynamo" in name and hasattr(tensor, name)]
-
-
-def test_cuda_graphs_are_of_one_size() -> None:
-    assert not may_be_dynamic(Policy(compile=Compile(mode="reduce-overhead")), "forward")
-    assert may_be_dynamic(Policy(compile=Compile(mode="max-autotune-no-cudagraphs")), "forward")
-    assert not may_be_dynamic(Policy(decode=lc.Decode(frames=1)), "decode")
-    assert may_be_dynamic(Policy(decode=lc.Decode(frames=1)), "forward")
-
-
-# Saved ------------------------------------------------------------------------------------------------------------
-
-
-def test_what_varies_is_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = Denoiser()
-    transformed = lc.transform(model)
-    for batch in (2, 3, 5):
-        check(model, transformed, **at_batch(batch))
-    lc.save(transformed, tmp_path / "saved")
-    left_out = told(caplog, "save: left out")
-    assert len(left_out) == 2
-    assert left_out[0].startswith("save: left out sample (3, 4), timestep (), encoder_hidden_states (3, 3), whose")
-    loaded = lc.load(tmp_path / "saved")
-    check(model, loaded, **at_batch(2))
-    with pytest.raises(lc.errors.SignatureError, match="has no programs for this call"):
-        loaded(**at_batch(3))
-
-
-def test_nothing_but_what_varies_cannot_be_saved(tmp_path: Path) -> None:
-    transformed = lc.transform(Denoiser(), Policy(dynamic=True))
-    plain_step(transformed, **at_batch(2))
-    assert is_dynamic(transformed) == [True]
-    with pytest.raises(lc.errors.SaveError, match=r"of sizes that vary, which are not saved; transform it with Policy"):
-        lc.save(transformed, tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
 
 
 # Inputs of another size -------------------------------------------------------------------------------------------
