@@ -2,14 +2,15 @@
 
     python -m benchmarks.compile                 # a quarter of an hour on two quiet cores
     python -m benchmarks.compile --quick         # the same code at a small size
-    python -m benchmarks.compile --parts loops   # or: loops, seconds
+    python -m benchmarks.compile --parts loops   # or: loops, seconds, sizes
     python -m benchmarks.compile --device cuda --dtype float16 --full-size --mode reduce-overhead
 
 Loops: a denoising loop of an SVD-shaped U-Net, eager, compiled, cached, cached and compiled, with chunks and without,
 in turns. The goal is a share of what FLOPs allow: compiled over cached-and-compiled, over the loops' FLOPs without and
 with a cache. Seconds: how long the first call of a DiT takes, by `torch.compile` as a whole, by regional compilation
 (diffusers' `compile_repeated_blocks`) and by ours; each in a process of its own, first with an empty compiler cache and
-then with the one it left.
+then with the one it left. Sizes: how long the first call at each batch size takes, each captured by itself and one
+capture for all, compiled by Inductor (an empty cache) and not.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ TOLERANCE = 1e-4
 
 SHARE = 0.6
 """Of a full step's activations, for what runs in chunks."""
+PARTS = ("loops", "seconds", "sizes")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -195,24 +197,65 @@ def _parts(state: str) -> int:
     return int(state.split(": ")[1].split()[0]) if ": " in state else 0
 
 
+def in_a_process(way: str, layers: int, folder: str) -> dict[str, float]:
+    """Measure one way in a process of its own, with a folder as the compiler's cache."""
+    command = [sys.executable, "-m", "benchmarks.compile", "--one", way, "--layers", str(layers)]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def measure_seconds(layers: int, log: Callable[[str], None]) -> dict[str, Any]:
-    """Each way in a process of its own, with an empty compiler cache and then with the one it left."""
+    """Each way with an empty compiler cache and then with the one it left."""
     found: dict[str, Any] = {}
     for way in WAYS:
         with tempfile.TemporaryDirectory() as folder:
             for kind in ("cold", "warm"):
-                command = [sys.executable, "-m", "benchmarks.compile", "--one", way, "--layers", str(layers)]
-                done = subprocess.run(
-                    command,
-                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                if done.returncode:
-                    raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
-                found.setdefault(way, {})[kind] = json.loads(done.stdout.splitlines()[-1])
+                found.setdefault(way, {})[kind] = in_a_process(way, layers, folder)
                 log(f"{way}, {kind}: {found[way][kind]}")
+    return {"layers": layers, "ways": found}
+
+
+# Sizes that vary ---------------------------------------------------------------------------------------------------
+
+BATCHES = (2, 3, 4, 5)
+SIZE_WAYS: dict[str, lc.Policy] = {
+    "captured, each by itself": lc.Policy(dynamic=False),
+    "captured, one for all": lc.Policy(),
+    "compiled, each by itself": lc.Policy(dynamic=False, compile=lc.Compile()),
+    "compiled, one for all": lc.Policy(compile=lc.Compile()),
+}
+
+
+def size_seconds(way: str, layers: int) -> dict[str, float]:
+    """Seconds of the first call at each batch size, in this order, and how many sizes were captured by themselves."""
+    dit, inputs = build_dit(layers)
+    transformed = lc.transform(dit, SIZE_WAYS[way])
+    found = {}
+    for batch in BATCHES:
+        given = inputs | {
+            "hidden_states": torch.randn(batch, *inputs["hidden_states"].shape[1:]),
+            "timestep": inputs["timestep"].repeat(batch),
+            "encoder_hidden_states": torch.randn(batch, *inputs["encoder_hidden_states"].shape[1:]),
+        }
+        begin = time.perf_counter()
+        with torch.no_grad():
+            transformed(**given)
+        found[str(batch)] = time.perf_counter() - begin
+    routes = [signature.route for signature in lc.inspect(transformed).signatures]
+    return found | {"captured by themselves": routes.count("export")}
+
+
+def measure_sizes(layers: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """Each way with an empty compiler cache."""
+    found: dict[str, Any] = {}
+    for way in SIZE_WAYS:
+        with tempfile.TemporaryDirectory() as folder:
+            found[way] = in_a_process(way, layers, folder)
+            log(f"{way}: {found[way]}")
     return {"layers": layers, "ways": found}
 
 
@@ -252,7 +295,12 @@ def report(result: dict[str, Any]) -> list[str]:
             for way, facts in seconds["ways"].items()
         ]
         lines += [f"First call of a DiT of {seconds['layers']} layers, in seconds:", ""]
-        lines += markdown_table(("way", "cold", "warm", "graphs compiled", "a step, ms"), rows)
+        lines += [*markdown_table(("way", "cold", "warm", "graphs compiled", "a step, ms"), rows), ""]
+    if "sizes" in result:
+        sizes = result["sizes"]
+        rows = [(way, *(f"{facts[str(batch)]:.1f}" for batch in BATCHES)) for way, facts in sizes["ways"].items()]
+        lines += [f"First call of a DiT of {sizes['layers']} layers at each batch size, in seconds:", ""]
+        lines += markdown_table(("way", *(f"batch {batch}" for batch in BATCHES)), rows)
     return lines
 
 
@@ -268,18 +316,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small size, to see that it runs")
-    parser.add_argument("--parts", nargs="+", choices=("loops", "seconds"), default=("loops", "seconds"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=3, help="of the loops")
     parser.add_argument("--layers", type=int, default=24, help="of the DiT")
     parser.add_argument("--mode", choices=MODES, default="default", help="of Inductor, for all that is compiled")
     parser.add_argument("--device", type=usable_device, default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--full-size", action="store_true", help="SVD-XT's own size, for a GPU")
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=(*WAYS, *SIZE_WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "compile.json")
     given = parser.parse_args(arguments)
     if given.one:
-        print(json.dumps(compile_seconds(given.one, given.layers)))
+        measure = size_seconds if given.one in SIZE_WAYS else compile_seconds
+        print(json.dumps(measure(given.one, given.layers)))
         return
     console = Console()
     setting = Setting(device=given.device, dtype=given.dtype, rounds=given.rounds)
@@ -296,6 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["loops"] = measure_loops(setting, given.mode, console.log)
     if "seconds" in given.parts:
         result["seconds"] = measure_seconds(layers, console.log)
+    if "sizes" in given.parts:
+        result["sizes"] = measure_sizes(layers, console.log)
     lines = report(result)
     console.print("\n".join(lines), markup=False)
     write_json(given.out, result)

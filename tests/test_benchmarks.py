@@ -17,7 +17,7 @@ from rich.console import Console
 
 import lightcache_fx as lc
 from benchmarks import compile as compile_benchmark
-from benchmarks import denoise, graphs, memory, plans, swap, swap_gpu, swap_plans
+from benchmarks import command_line, denoise, graphs, memory, plans, swap, swap_gpu, swap_plans
 from benchmarks.common import (
     Goal,
     Spread,
@@ -652,6 +652,37 @@ def test_seconds_to_compile_are_those_of_a_first_call(monkeypatch):
     assert (whole["parts"], blocks["parts"]) == (1, 1)  # the prologue is not compiled
     assert whole["first_call"] > whole["step"] > 0
     assert "parts" not in compile_benchmark.compile_seconds("eager", 2)
+
+
+def test_sizes_take_one_capture_or_one_each(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        compile_benchmark, "in_a_process", lambda way, layers, _: compile_benchmark.size_seconds(way, layers)
+    )
+    monkeypatch.setattr(
+        compile_benchmark, "SIZE_WAYS", {"each": lc.Policy(dynamic=False), "one for all": lc.Policy(compile="eager")}
+    )
+    out = tmp_path / "sizes.json"
+    compile_benchmark.main(["--parts", "sizes", "--layers", "1", "--out", str(out)])
+    ways = json.loads(out.read_text())["sizes"]["ways"]
+    assert [ways[way]["captured by themselves"] for way in ("each", "one for all")] == [4, 1]
+    assert all(ways["each"][str(batch)] > 0 for batch in (2, 3, 4, 5))
+    assert "| one for all | " in out.with_suffix(".md").read_text()
+
+
+def test_the_command_line_is_timed_as_a_process(monkeypatch, tmp_path):
+    asked, original = [], command_line.measure
+    with pytest.raises(RuntimeError, match=r"^lightcache-fx plan nothing: .*nothing"):
+        command_line.measure(["plan", "nothing"])
+    monkeypatch.setattr(command_line, "MOST_SECONDS", 1e-3)
+    out = tmp_path / "command_line.json"
+    monkeypatch.setattr(command_line, "measure", lambda given: (asked.append(given), original(["plan", "--help"]))[1])
+    command_line.main(["--systems", "svd-xt", "--out", str(out)])
+    assert asked == [["plan", "svd-xt"], ["plan", "svd-xt", "--memory-budget", "6GiB"]]
+    facts = json.loads(out.read_text())["systems"]["svd-xt"]
+    assert facts["denoiser"]["seconds"] > 0
+    assert facts["denoiser"]["processor_seconds"] > 0
+    assert not facts["goal"]["met"]
+    assert "| not met |" in out.with_suffix(".md").read_text()
 
 
 def test_graphs_are_counted_for_every_cache():

@@ -97,7 +97,7 @@ def test_a_diffusers_folder(tmp_path: Path, sharded: bool) -> None:
 
 
 def aligned_like(mapped: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A copy whose memory begins where the mapped one's does in its cache line: some kernels sum in an order by that."""
+    """A copy that begins where the mapped one does in its cache line: some kernels sum in an order by that."""
     memory = torch.empty(value.nbytes + 128, dtype=torch.uint8)
     begin = (mapped.data_ptr() - memory.data_ptr()) % 64
     return memory[begin : begin + value.nbytes].view(value.dtype).view(value.shape).copy_(value)
