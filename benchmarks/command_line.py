@@ -23,9 +23,13 @@ from benchmarks.common import RESULTS, Goal, environment, markdown_table, write_
 
 MOST_SECONDS = 90.0
 BUDGETS = {
-    "svd-xt": "6GiB", "animatediff-lightning": "3GiB", "animatediff": "3GiB", "modelscope": "3GiB", "easyanimate": "8GiB",
-}  # fmt: skip
-"""Of each system, what its whole pipeline is planned within; EasyAnimate's without its text encoder, as the command's."""
+    "svd-xt": "6GiB",
+    "animatediff-lightning": "3GiB",
+    "animatediff": "3GiB",
+    "modelscope": "3GiB",
+    "easyanimate": "8GiB",
+}
+"""What each system's whole pipeline is planned within; EasyAnimate's without its text encoder, as its preset is."""
 
 
 def measure(arguments: Sequence[str]) -> dict[str, float]:

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 import lightcache_fx as lc
-from benchmarks import compile as compile_benchmark
 from benchmarks import command_line, denoise, graphs, memory, plans, swap, swap_gpu, swap_plans
+from benchmarks import compile as compile_benchmark
 from benchmarks.common import (
     Goal,
     Spread,
