@@ -331,24 +331,7 @@ def plan(
         CaptureError, CutError, ScheduleError, BudgetError, RegionError, ArgumentError, TransformError, SwapError: as
             `transform`, or the transformed module on its first call, would.
     """
-    return plan_component(module, args, kwargs, policy, method=method, device=device, hardware=hardware)
-
-
-def plan_component(
-    module: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    policy: Policy,
-    *,
-    method: str | None,
-    device: Literal["cpu", "cuda"] | None,
-    hardware: Hardware | None,
-    takes_turns: bool = False,
-) -> Plan:
-    """As `plan`; `takes_turns` where the module has the device in turns with others."""
-    _, found = capture_and_plan(
-        module, args, kwargs, policy, method=method, device=device, hardware=hardware, takes_turns=takes_turns
-    )
+    _, found = capture_and_plan(module, args, kwargs, policy, method=method, device=device, hardware=hardware)
     return found
 
 
@@ -363,7 +346,10 @@ def capture_and_plan(
     hardware: Hardware | None,
     takes_turns: bool = False,
 ) -> tuple[Capture, Plan]:
-    """As `plan_component`, with the capture that `build_programs` makes programs of."""
+    """As `plan`, with the capture that `build_programs` makes programs of.
+
+    `takes_turns` where the module has the device in turns with others.
+    """
     register_distributions()
     _check_module("plan", module)
     if isinstance(module, TransformedModule):

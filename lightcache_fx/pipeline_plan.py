@@ -24,7 +24,7 @@ from torch import nn
 from lightcache_fx.errors import ArgumentError, BudgetError
 from lightcache_fx.handover import HandOver, last_call, plan_hand_over, saved_seconds
 from lightcache_fx.hardware import Hardware
-from lightcache_fx.module import plan_component
+from lightcache_fx.module import capture_and_plan
 from lightcache_fx.pipeline import policy_for_component
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Policy
@@ -254,7 +254,7 @@ def _planned(
     stage: Stage, policy: Policy, device: Literal["cpu", "cuda"] | None, hardware: Hardware | None
 ) -> PlannedStage:
     try:
-        plan = plan_component(
+        _, plan = capture_and_plan(
             stage.module, stage.args, stage.kwargs, policy_for_component(stage.module, policy),
             method=stage.method, device=device, hardware=hardware, takes_turns=True,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import lightcache_fx as lc
 from examples.small_model import captions, data, dit, losses, reading, sample_dit, sprites, train
@@ -60,6 +61,15 @@ def test_folder_loads_as_the_latte_pipeline(pipeline):
         "scheduler": "EulerDiscreteScheduler",
     }
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_without_weights_the_samples_say_how_to_get_them(tmp_path):
+    said = CliRunner().invoke(
+        sample_dit.app, ["--model", str(tmp_path / "latte-sprites"), "--target", str(tmp_path / "new")]
+    )
+    assert said.exit_code == 2
+    assert "there is no pipeline in latte-sprites: train it with" in " ".join(said.output.replace("│", " ").split())
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_caption_says_what_the_clip_shows():

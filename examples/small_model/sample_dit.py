@@ -30,7 +30,16 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 
 def load_pipeline(folder: Path = DIT_FOLDER) -> LattePipeline:
-    """Load the shipped pipeline in float32, its progress bar off."""
+    """Load the exported pipeline in float32, its progress bar off.
+
+    Raises:
+        FileNotFoundError: it has not been trained and exported.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no pipeline in {folder.name}: train it with `python -m examples.small_model.train dit`, then"
+            f" export it with `python -m examples.small_model.train export-dit`"
+        )
     pipeline = LattePipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -113,8 +122,11 @@ def main(
 ) -> None:
     """Write `dit_samples.png`, `dit_losses.png` and `dit_figures.json`."""
     torch.set_num_threads(threads)
+    try:
+        pipeline = load_pipeline(model)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
     target.mkdir(parents=True, exist_ok=True)
-    pipeline = load_pipeline(model)
     clips = []
     for number, spec in enumerate(track(heldout_clips(rows), description="sampling")):
         prompt = caption(spec)
