@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightcache_fx.graphs import (
     ancestors,
-    expression,
     is_view,
     output_node,
     placeholders,
@@ -25,6 +25,8 @@ from lightcache_fx.graphs import (
     written_by,
 )
 from lightcache_fx.passes.base import PassResult
+
+log = logging.getLogger(__name__)
 
 _DETACH = torch.ops.aten.detach_.default
 """Writes nothing: it is in every graph whose model makes a tensor of Python data."""
@@ -43,8 +45,8 @@ def functionalize_writes(graph: fx.Graph) -> PassResult:
     From its allocation to the last write, what touches the memory is traced apart; later readers read the result. All
     else stays as it was traced, where `ExportedProgram.run_decompositions` traces all of it again. Bitwise.
 
-    The values' storages must be as a trace made them (`meta["val"]`), and their sizes numbers. A graph is left as it is
-    where a write goes to an input, a list of tensors, or memory that a subgraph might touch.
+    The values' storages must be as a trace made them (`meta["val"]`). A graph is left as it is where a write goes to an
+    input, a list of tensors, or memory that a subgraph might touch, and where functorch takes no symbolic sizes.
     """
     touching = _touching(graph)
     if touching is None:
@@ -53,9 +55,14 @@ def functionalize_writes(graph: fx.Graph) -> PassResult:
     detached = [node for node in graph.nodes if node.target is _DETACH and node not in inside]
     inputs = list(dict.fromkeys(source for node in touching for source in node.all_input_nodes if source not in inside))
     results = [node for node in touching if any(user not in inside for user in node.users)]
-    if not all(isinstance(node.meta.get("val"), torch.Tensor) for node in (*inputs, *results)):
+    known = all(isinstance(node.meta.get("val"), torch.Tensor | torch.SymInt) for node in inputs)
+    if not known or not all(isinstance(node.meta.get("val"), torch.Tensor) for node in results):
         return PassResult(graph, False)
-    functional = _functional(touching, inputs, results) if touching else None
+    try:
+        functional = _functional(touching, inputs, results) if touching else None
+    except RuntimeError as error:  # some kernels of functorch's take no symbolic sizes
+        log.debug("writes in place are left to a second trace: %s", str(error).partition("\n")[0])
+        return PassResult(graph, False)
     if functional is not None:
         if writes_in_place(functional):
             return PassResult(graph, False)
@@ -83,8 +90,6 @@ def _touching(graph: fx.Graph) -> list[fx.Node] | None:
             if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
                 return None
             last |= dict.fromkeys(_memory(value), index)
-    if last and any(map(_is_symbolic, nodes)):
-        return None
     sharing: dict[int, set[fx.Node]] = {memory: set() for memory in last}
     found: dict[fx.Node, None] = {}
     for index, node in enumerate(nodes):
@@ -102,15 +107,6 @@ def _touching(graph: fx.Graph) -> list[fx.Node] | None:
 def _allocates(node: fx.Node) -> bool:
     """Whether an operator made the memory that a value is the first to have: tracing must know of every view."""
     return node.op == "call_function" and not (is_view(node) and returns_its_argument(node))
-
-
-def _is_symbolic(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) or any(
-        not isinstance(expression(number), int)
-        for tensor in tensors_of(node)
-        for number in (*tensor.shape, *tensor.stride())
-    )
 
 
 def _functional(touching: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:

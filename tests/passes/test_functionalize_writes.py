@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import fx
 from torch._guards import detect_fake_mode
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 
 import lightcache_fx as lc
 from golden import check_golden
@@ -164,6 +164,31 @@ def test_numbers(function: Callable[..., Any]) -> None:
     _, result = assert_functional(function)
     assert (result.counts["writes"] > 0) == (function is not only_a_constant)
     assert result.counts["detached"] == (function in (only_a_constant, scattered))
+
+
+@pytest.mark.parametrize("function", [rotary, versions, two_at_once, unannotated_alias, detached_first])
+def test_numbers_at_other_sizes(function: Callable[..., Any]) -> None:
+    """Where sizes are symbols, the result holds for all of them."""
+    open_ = ({0: Dim.AUTO}, {0: Dim.AUTO})
+    program = torch.export.export(as_module(function), inputs(0), strict=False, dynamic_shapes=open_)
+    graph = program.graph_module.graph
+    assert functionalize_writes(graph).modified
+    assert not writes_in_place(graph)
+    program.graph_module.recompile()
+    for batch in (4, 7, 3):
+        given = [torch.cat([tensor, tensor])[:batch] for tensor in inputs(batch)]
+        expected = function(*given)
+        assert_bitwise(
+            list(program.graph_module(*given)), list(expected) if isinstance(expected, tuple) else [expected]
+        )
+
+
+def test_not_where_functorch_takes_no_symbols() -> None:
+    open_ = ({0: Dim.AUTO}, {0: Dim.AUTO})
+    program = torch.export.export(as_module(a_view_from_before), inputs(0), strict=False, dynamic_shapes=open_)
+    before = str(program.graph_module.graph)
+    assert not functionalize_writes(program.graph_module.graph).modified
+    assert str(program.graph_module.graph) == before
 
 
 def test_not_where_nothing_is_written() -> None:
