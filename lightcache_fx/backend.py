@@ -165,7 +165,8 @@ class CompiledGraph:
         key = (id(weight if weight is not None else self), repr(policy))
         self._shared = _MODELS.setdefault(key, _Model())
         self._shared.graphs.add(self)
-        return Runtime(model, policy, model.method, ledger=self._shared.ledger, local=self._shared.local)
+        shared = self._shared
+        return Runtime(model, policy, model.method, ledger=shared.ledger, local=shared.local, varying=model.varying)
 
 
 def refuse_moving_weights(policy: Policy, weight: torch.Tensor | None) -> None:

@@ -9,7 +9,7 @@ is believed unchecked: the graph is compared with eager at both sizes, and at ea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -91,13 +91,20 @@ class DynamicSizes:
         policy: for which `may_be_dynamic` holds.
         mark: as for `capture`.
         build: makes programs of a signature and its plan.
+        varying: by an argument's name, dimensions that are left open from the first call on.
     """
 
     def __init__(
-        self, module: nn.Module, policy: Policy, mark: Sequence[str], build: Callable[[Signature, Plan], Compiled]
+        self,
+        module: nn.Module,
+        policy: Policy,
+        mark: Sequence[str],
+        build: Callable[[Signature, Plan], Compiled],
+        varying: Mapping[str, Sequence[int]],
     ) -> None:
         self.module, self.policy, self.mark = module, policy, tuple(mark)
         self._build = build
+        self._varying = dict(varying)
         self._tried: dict[Hashable, None] = {}
 
     def programs_for(self, call: Call, known: Sequence[Compiled], state: ModuleState) -> Compiled | None:
@@ -134,12 +141,14 @@ class DynamicSizes:
         """Dimensions to leave open, and what is known for the size at which to begin."""
         if not alike:
             every = {
-                i: tuple(dim for dim, n in enumerate(t.shape) if n >= SMALLEST) for i, t in enumerate(call.tensors)
+                i: tuple(dim for dim, n in enumerate(t.shape) if n >= SMALLEST and self._is_open(leaf.name, dim))
+                for i, (leaf, t) in enumerate(zip(call.layout.leaves, call.tensors, strict=True))
             }
-            return [({i: dims for i, dims in every.items() if dims}, None)] if self.policy.dynamic else []
-        found = [differences(made.capture.layout, call.layout) for made in alike]
-        nearest, base = min(zip(found, alike, strict=True), key=lambda pair: sum(map(len, pair[0].values())))
-        places = sorted({(index, dim) for one in found for index, dims in one.items() for dim in dims})
+            found = {i: dims for i, dims in every.items() if dims}
+            return [(found, None)] if found else []
+        differing = [differences(made.capture.layout, call.layout) for made in alike]
+        nearest, base = min(zip(differing, alike, strict=True), key=lambda pair: sum(map(len, pair[0].values())))
+        places = sorted({(index, dim) for one in differing for index, dims in one.items() for dim in dims})
         ever: dict[int, list[int]] = {}
         for index, dim in places:
             ever.setdefault(index, []).append(dim)
@@ -147,6 +156,10 @@ class DynamicSizes:
         candidates = [{index: tuple(dims) for index, dims in one.items()} for one in (ever, nearest)]
         candidates = [one for one in candidates if not any(sizes.is_open(one) for sizes in open_now)]
         return [(one, base) for i, one in enumerate(candidates) if one not in candidates[:i]]
+
+    def _is_open(self, name: str, dim: int) -> bool:
+        """Whether a dimension is left open before a second size of it has come."""
+        return self.policy.dynamic is True or dim in self._varying.get(name, ())
 
     def _holds(self, dynamic: DynamicCapture, call: Call) -> bool:
         """Whether a dynamic capture is valid for a call, and computes what the model does for it."""

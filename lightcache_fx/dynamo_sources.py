@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from lightcache_fx.graphs import expression
 from lightcache_fx.tracing import WRAPPER
 
 _ROOT = re.compile(r"([LG])\['(\w+)'\]")
@@ -47,9 +48,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an input of the graph stands: a weight at its path, or an argument and what to look up in it."""
+    """Where an input of the graph stands.
 
-    kind: Literal["weight", "argument"]
+    A weight at its path; an argument and what to look up in it; the size of another input, told by that one's place
+    among the inputs and the dimension.
+    """
+
+    kind: Literal["weight", "argument", "size"]
     path: tuple[Key, ...]
 
     @property
@@ -71,6 +76,7 @@ class Sources:
         model: the module whose weights these are; None where the frame does not tell.
         method: which of its methods was compiled.
         places: of the inputs.
+        varying: by an argument's name, the dimensions whose sizes Dynamo has made symbols of.
     """
 
     def __init__(self, frame: Frame, nodes: Sequence[fx.Node], inputs: Sequence[Any]) -> None:
@@ -91,6 +97,11 @@ class Sources:
             parsed = filter(None, map(_parse, names))
             self._find_method(type(self.model), [str(keys[0]) for _, root, keys in parsed if root == self._varkw])
         self.places = self._places(names, nodes, inputs)
+        self.varying = {
+            place.name: dims
+            for place, node in zip(self.places, nodes, strict=True)
+            if place.kind == "argument" and (dims := _symbolic_dims(node))
+        }
 
     def _find_roots(self, names: Sequence[str]) -> list[tuple[str, str]]:
         """What weights are looked up in; the first, `self` before others, is the model."""
@@ -118,8 +129,9 @@ class Sources:
 
     def _places(self, names: Sequence[str], nodes: Sequence[fx.Node], inputs: Sequence[Any]) -> tuple[Place, ...]:
         found: dict[tuple[Key, ...], Place] = {}
+        sizes = _sizes_of(nodes)
         for name, node, value in zip(names, nodes, inputs, strict=True):
-            place = self._place(_parse(name), node, value)
+            place = sizes.get(node) or self._place(_parse(name), node, value)
             if place.path in found:
                 place = Place(place.kind, (*place.path[:-1], f"{place.path[-1]}_{node.name}"))
             found[place.path] = place
@@ -162,6 +174,30 @@ class Sources:
     def _path_in_model(self, scope: str, root: str, keys: Sequence[Key]) -> list[str]:
         path = _without_tables(keys)
         return path if (scope, root) == self._roots[0] else [root, *path]
+
+
+def _symbolic_dims(placeholder: fx.Node) -> tuple[int, ...]:
+    like = placeholder.meta.get("example_value")
+    sizes: Sequence[Any] = like.shape if isinstance(like, torch.Tensor) else ()
+    return tuple(dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt))
+
+
+def _sizes_of(placeholders: Sequence[fx.Node]) -> dict[fx.Node, Place]:
+    """The places of numbers that are sizes of tensors among the inputs.
+
+    Dynamo passes a size that varies beside its tensor. Taken from the tensor instead, it is one that a capture of the
+    graph can leave open as well.
+    """
+    tensors: dict[Any, tuple[int, int]] = {}
+    for index, node in enumerate(placeholders):
+        for dim in _symbolic_dims(node):
+            tensors.setdefault(expression(node.meta["example_value"].shape[dim]), (index, dim))
+    found = {}
+    for node in placeholders:
+        number = node.meta.get("example_value")
+        if isinstance(number, torch.SymInt) and expression(number) in tensors:
+            found[node] = Place("size", (*tensors[expression(number)], node.name))
+    return found
 
 
 def _name_of(placeholder: fx.Node) -> str:

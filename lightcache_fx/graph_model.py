@@ -31,6 +31,7 @@ class GraphModel(nn.Module, MarksItself):
         slots: where each weight among the inputs is looked up, as by `weight_slots`; None for an argument.
         model_class: of the model; None where it is not known.
         method: which of its methods was compiled; this module's of that name computes the graph.
+        varying: by an argument's name, the dimensions whose sizes Dynamo has made symbols of.
     """
 
     graph_module: fx.GraphModule
@@ -38,6 +39,7 @@ class GraphModel(nn.Module, MarksItself):
     slots: tuple[tuple[dict[str, Any], str] | None, ...]
     model_class: type[nn.Module] | None
     method: str
+    varying: Mapping[str, tuple[int, ...]]
 
     @contextmanager
     def marked(self, paths: Sequence[str]) -> Iterator[list[Mark]]:
@@ -59,7 +61,8 @@ class GraphModel(nn.Module, MarksItself):
         arguments: list[tuple[tuple[Key, ...], Any]] = []
         for place, slot, value in zip(self.places, self.slots, values, strict=True):
             if slot is None:
-                arguments.append((place.path, value))
+                if place.kind == "argument":
+                    arguments.append((place.path, value))
                 continue
             table, name = slot
             if table[name] is not value:
@@ -67,9 +70,11 @@ class GraphModel(nn.Module, MarksItself):
         return {str(key): value for key, value in _tree(arguments).items()}
 
     def values(self, arguments: Mapping[str, Any]) -> list[Any]:
-        """The graph's inputs, of the weights as they are and a call's arguments."""
+        """The graph's inputs, of the weights as they are and a call's arguments; sizes it asks for itself."""
         found = []
         for place, slot in zip(self.places, self.slots, strict=True):
+            if place.kind == "size":
+                continue
             value: Any = arguments if slot is None else slot[0][slot[1]]
             for key in place.path if slot is None else ():
                 value = value[key]
@@ -89,9 +94,13 @@ def graph_model(graph_module: fx.GraphModule, inputs: Sequence[Any], frame: Fram
     sources = Sources(frame, graph_module.graph.find_nodes(op="placeholder"), inputs)
     for node in graph.nodes:
         node.meta["nn_module_stack"] = sources.module_stack(node.meta.get("nn_module_stack") or {})
-    for node, place in zip(graph.find_nodes(op="placeholder"), sources.places, strict=True):
+    placeholders = graph.find_nodes(op="placeholder")
+    for node, place in zip(placeholders, sources.places, strict=True):
         node.meta |= {"nn_module_stack": {}, "lightcache_place": place}  # Dynamo has the module that reads it first
         _keep_number_as_tensor(node)
+    for node, place in zip(placeholders, sources.places, strict=True):
+        if place.kind == "size":
+            _ask_for_size(node, placeholders, place)
     signature = sources.signature()
 
     def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +118,7 @@ def graph_model(graph_module: fx.GraphModule, inputs: Sequence[Any], frame: Fram
         "places": sources.places,
         "model_class": None if root is None else type(root),
         "method": sources.method,
+        "varying": sources.varying,
     }
     made: Any = type("Model" if root is None else type(root).__name__, (GraphModel,), namespace)()
     _furnish(made, root, sources.places, inputs)
@@ -126,6 +136,18 @@ def _keep_number_as_tensor(node: fx.Node) -> None:
             if user.op == "call_method" and user.target == "item":
                 user.replace_all_uses_with(node)
                 node.graph.erase_node(user)
+
+
+def _ask_for_size(node: fx.Node, placeholders: Sequence[fx.Node], place: Place) -> None:
+    """A size of a tensor that is an input too is asked for where it is first needed, and no input itself."""
+    index, dim, *_ = place.path
+    first = next((user for user in node.graph.nodes if user.op != "placeholder"), None)
+    if node.users and first is not None:
+        with node.graph.inserting_before(first):
+            size = node.graph.call_method("size", (placeholders[int(index)], dim))
+        size.meta |= {"nn_module_stack": {}}
+        node.replace_all_uses_with(size)
+    node.graph.erase_node(node)
 
 
 def _furnish(made: nn.Module, root: nn.Module | None, places: Sequence[Place], inputs: Sequence[Any]) -> None:

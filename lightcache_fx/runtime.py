@@ -106,6 +106,7 @@ class Runtime:
         ledger: who is on the device; shared by all models that must not be there at the same time.
         may_stay_eager: whether a module that cannot be captured runs as it is, its weights fetched as a whole.
         local: the threads' runs; shared by all graphs of one model.
+        varying: by an argument's name, dimensions whose sizes are known to vary before a second one comes.
 
     Raises:
         ArgumentError: the policy's rates name a parameter that `forward` does not have.
@@ -123,6 +124,7 @@ class Runtime:
         ledger: Ledger | None = None,
         may_stay_eager: bool = False,
         local: ThreadState | None = None,
+        varying: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         register_distributions()
         self.module = module
@@ -139,7 +141,7 @@ class Runtime:
         self._state = ModuleState.take(module, self.homes.device_of)
         self._sizes: DynamicSizes | None = None
         if may_be_dynamic(policy, method):
-            self._sizes = DynamicSizes(module, policy, self.marked, self._compiled)
+            self._sizes = DynamicSizes(module, policy, self.marked, self._compiled, varying or {})
         self._lock = threading.Lock()
         self._local = local or ThreadState()
 

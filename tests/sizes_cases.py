@@ -87,3 +87,17 @@ def of_video(batch: int, frames: int, words: int = 3, step: int = 0, seed: int =
 
 def video() -> nn.Module:
     return Video().eval().requires_grad_(False)
+
+
+def batched(make_inputs: Callable[..., dict[str, Any]], batch: int, step: int) -> dict[str, Any]:
+    """Inputs of another batch size: rows of those that the zoo makes, of other seeds."""
+    made = [make_inputs(seed, step) for seed in range(batch)]
+
+    def joined(*values: Any) -> Any:
+        if isinstance(values[0], torch.Tensor) and values[0].dim():
+            return torch.cat([value[:1] for value in values])
+        if isinstance(values[0], dict):
+            return {key: joined(*(value[key] for value in values)) for key in values[0]}
+        return values[0]
+
+    return {key: joined(*(one[key] for one in made)) for key in made[0]}

@@ -17,10 +17,14 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import lightcache_fx as lc
+from lightcache_fx import dynamic as dynamic_module
+from lightcache_fx import runtime as runtime_module
 from lightcache_fx.backend import graphs_of, lightcache, refuse_moving_weights
+from lightcache_fx.capture import capture
 from lightcache_fx.errors import ArgumentError, CaptureError, CutError, PolicyError, TransformError
 from lightcache_fx.program import Program
 from oracle import assert_bitwise, plain_step
+from sizes_cases import batched
 from toys import Denoiser, Tower, latent, prompt
 from zoo import ZOO, run_inputs
 
@@ -362,19 +366,73 @@ class Conv(nn.Module):
         return self.last(torch.cat([self.middle(torch.sin(hidden * timestep)), hidden], dim=1))
 
 
-def test_other_sizes() -> None:
+def sizes_made(model: nn.Module) -> list[list[bool]]:
+    """Of each graph that has run, and of each size in it: whether its programs are those of sizes that vary."""
+    runtimes = [graph.runtime for graph in graphs_of(model) if graph.runtime is not None]
+    return [[made.signature.dynamic is not None for made in runtime.compiled.values()] for runtime in runtimes]
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_other_sizes(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = Conv()  # `one` captures each size by itself: it compiles sizes that vary through Dynamo, which is counted
-    one, other = lc.transform(model, CACHED.model_copy(update={"dynamic": False})), behind(model)
-    for size in (8, 12, 20, 8):
-        for index, time in enumerate(TIMES[:4]):
-            sample = torch.randn(1, 2, size, size + 4, generator=torch.Generator().manual_seed(index))
-            inputs = {"sample": sample, "timestep": torch.tensor(float(time))}
-            assert_bitwise(plain_step(other, **inputs), plain_step(one, **inputs), f"size {size}, step {index}")
-    assert counters["stats"]["unique_graphs"] == 2  # one for the first size, and Dynamo's dynamic one
+    captured: list[bool] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        captured.append("varying" in kwargs)
+        return capture(*args, **kwargs)
+
+    for module in (runtime_module, dynamic_module):
+        monkeypatch.setattr(module, "capture", noted)
+    policy = CACHED.model_copy(update={"dynamic": dynamic})
+    model = Conv()
+    one, other = lc.transform(model, CACHED.model_copy(update={"dynamic": False})), behind(model, policy)
+    found, sizes = [], (8, 12, 20, 8)
+    for module in (other, one):
+        for size in sizes:
+            for index, time in enumerate(TIMES[:4]):
+                sample = torch.randn(1, 2, size, size + 4, generator=torch.Generator().manual_seed(index))
+                found += plain_step(module, sample=sample, timestep=torch.tensor(float(time)))
+        if module is other:  # a graph for the first size, and Dynamo's for those that vary
+            assert sizes_made(model) == [[False], [dynamic is None] * 3]
+            assert captured == ([False] * 4 if dynamic is False else [False, True])
+    half = len(found) // 2
+    assert_bitwise(found[:half], found[half:])
     trackers = {graph.runtime.tracker: graph.runtime for graph in graphs_of(model) if graph.runtime is not None}
     kept = sum(runtime.kept_bytes() for runtime in trackers.values())
     assert kept == lc.inspect(one).kept_bytes > 0  # of the last run alone, in whichever graph it ended
+
+
+def test_sizes_that_a_capture_cannot_leave_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise CaptureError("no symbols here")
+
+    monkeypatch.setattr(dynamic_module, "capture", refused)
+    model = Conv()
+    compiled = behind(model)
+    for size in (8, 12, 20):
+        sample = torch.randn(1, 2, size, size, generator=torch.Generator().manual_seed(size))
+        inputs = {"sample": sample, "timestep": torch.tensor(1.0)}
+        assert_bitwise(plain_step(compiled, **inputs), plain_step(model, **inputs))
+    assert sizes_made(model) == [[False], [False, False]]
+    assert [graph.model.varying for graph in graphs_of(model)] == [{}, {"sample": (2, 3)}]
+
+
+@pytest.mark.parametrize("name", [pytest.param("sd", marks=pytest.mark.slow), "pixart"])
+def test_real_models_at_several_batch_sizes(name: str) -> None:
+    model, make_inputs = ZOO[name].build()
+    policy = lc.Policy(cache=lc.Cache(cut="auto", interval=2), compile=EAGER)
+    one, other = lc.transform(model, policy.model_copy(update={"dynamic": False})), behind(model, policy)
+    found = {
+        module: [
+            tensor
+            for batch in (2, 3, 4)
+            for step in range(3)
+            for tensor in plain_step(module, **batched(make_inputs, batch, step))
+        ]
+        for module in (one, other)
+    }
+    assert_bitwise(found[other], found[one])
+    assert sizes_made(model) == [[False], [True, True]]
 
 
 def test_timesteps_as_numbers(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from lightcache_fx import runtime as runtime_module
 from lightcache_fx.calls import Call, CallReader
 from lightcache_fx.resizing import resized
 from oracle import HookOracle, assert_bitwise, plain_step
-from sizes_cases import TIMES, at_batch, check, entries, is_dynamic, of_toy, of_video, told, toy, video
+from sizes_cases import TIMES, at_batch, batched, check, entries, is_dynamic, of_toy, of_video, told, toy, video
 from toys import Denoiser, Tower, Watched, latent, prompt
 from zoo import ZOO
 
@@ -581,20 +581,6 @@ def test_inputs_of_another_size_are_laid_out_as_they_were() -> None:
 
 
 # Real models ------------------------------------------------------------------------------------------------------
-
-
-def batched(make_inputs: Callable[..., dict[str, Any]], batch: int, step: int) -> dict[str, Any]:
-    """Inputs of another batch size: rows of those that the zoo makes, of other seeds."""
-    made = [make_inputs(seed, step) for seed in range(batch)]
-
-    def joined(*values: Any) -> Any:
-        if isinstance(values[0], torch.Tensor) and values[0].dim():
-            return torch.cat([value[:1] for value in values])
-        if isinstance(values[0], dict):
-            return {key: joined(*(value[key] for value in values)) for key in values[0]}
-        return values[0]
-
-    return {key: joined(*(one[key] for one in made)) for key in made[0]}
 
 
 REAL = {"sd": Cache(cut=0, interval=2), "pixart": Cache(cut="auto", interval=2)}
