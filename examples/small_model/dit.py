@@ -20,6 +20,9 @@ NUM_TOKENS = NUM_WORDS + 1
 
 _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
+_CAPTION_GAIN = 4.0
+"""Brings the projected words to about unit size: at torch's own start they are a fifth of it, and attention averages them."""
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -90,6 +93,7 @@ def _start_from_nothing(transformer: LatteTransformer3DModel) -> None:
         if name.endswith(("to_out.0", "ff.net.2", "adaln_single.linear")) or name == "proj_out":
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
+    transformer.caption_projection.linear_2.weight.mul_(_CAPTION_GAIN)
     transformer.scale_shift_table.zero_()
     for block in (*transformer.transformer_blocks, *transformer.temporal_transformer_blocks):
         shift_scale_gate = torch.tensor([0.0, 0.0, 1.0]).repeat(2)[:, None]
