@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from lightcache_fx.packages import Packages, Strides, part_digest
 from lightcache_fx.policy import Compile
 from lightcache_fx.repeats import graph_key, repeated_blocks, share_of_time, share_to_compile
 from lightcache_fx.self_checks import copied, first_difference, own_results
+from lightcache_fx.static_slots import without_results, written_arguments
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
 from lightcache_fx.varying import Varying, compiled_for_sizes, marked, varying_arguments
 
@@ -62,15 +63,20 @@ def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compil
     if settings.backend == "inductor":
         options = {**list_mode_options(settings.mode), **options}
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    if settings.mode in WITH_CUDA_GRAPHS and any(tensor.is_cuda for tensor in tensors):
+    if has_cuda_graphs(settings, tensors):
         for tensor in tensors:
             if isinstance(tensor, torch.nn.Parameter):
                 mark_static_address(tensor, guard=False)
+        written = written_arguments(graph_module.graph)
+        graph_module = without_results(graph_module, written)
         made = torch.compile(graph_module, fullgraph=True, dynamic=False, options=options, backend=settings.backend)
 
         def run(*given: Any) -> list[Any]:
             torch.compiler.cudagraph_mark_step_begin()
-            return list(map(copied, made(*given)))
+            results = list(map(copied, made(*given)))
+            for place, argument in written.items():
+                results.insert(place, given[argument])
+            return results
 
         return run
     backend = lookup_backend(settings.backend)
@@ -81,6 +87,11 @@ def compiled(graph_module: fx.GraphModule, args: Sequence[Any], settings: Compil
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fakes = [mode.from_tensor(arg, static_shapes=True) if isinstance(arg, torch.Tensor) else arg for arg in args]
     return backend(graph_module, fakes, **({"config_patches": options} if options else {}))
+
+
+def has_cuda_graphs(settings: Compile, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether what is compiled runs as CUDA graphs."""
+    return settings.mode in WITH_CUDA_GRAPHS and any(tensor.is_cuda for tensor in tensors)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from lightcache_fx.graphs import (
     outputs,
     placeholders,
 )
-from lightcache_fx.lowering import CompileState, lower
+from lightcache_fx.lowering import CompileState, has_cuda_graphs, lower
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.packages import Packages
 from lightcache_fx.passes.base import Pass, run_passes
@@ -37,6 +37,7 @@ from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_inv
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Compile
+from lightcache_fx.static_slots import SlotBuffers, writing_to_buffers
 from lightcache_fx.stores import SLOT, Copies, Stores, version_of
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, WAIT
 
@@ -261,6 +262,7 @@ class BoundProgram:
         late_copies: how many copies were to be handed over and were not.
         runs: how often it has run to its end.
         compiled: what runs the graph: `eager` is one operator after the other.
+        slot_buffers: where it writes the slots that it makes; None where they are made anew each time.
     """
 
     def __init__(
@@ -298,11 +300,23 @@ class BoundProgram:
         }
         self._run: Callable[..., Sequence[torch.Tensor]] = program.graph_module.forward
         self.compile_state: CompileState | None = None
-        if (
-            settings is not None and program.name != "prologue"
-        ):  # it runs once a generation: no compiler pays for itself
-            self._run, self.compile_state = lower(program.graph_module, settings, program.name, packages)
+        self.slot_buffers: SlotBuffers | None = None
+        if settings is not None and program.name != "prologue":  # which runs once a generation: no compiler pays off
+            graph_module = program.graph_module
+            if not program.transfers.moves and has_cuda_graphs(settings, map(_value, nodes)):
+                graph_module = self._with_slot_buffers()
+            self._run, self.compile_state = lower(graph_module, settings, program.name, packages)
         self.keep_resident(resident)
+
+    def _with_slot_buffers(self) -> fx.GraphModule:
+        """The program, with buffers for the slots that it makes as more arguments; the program itself without any."""
+        program = self.program
+        places = [program.num_outputs + i for i, (kind, _) in enumerate(program.state) if kind == "slot"]
+        if not places:
+            return program.graph_module
+        returned = outputs(program.graph_module.graph)
+        self.slot_buffers = SlotBuffers([_value(returned[place]) for place in places])
+        return writing_to_buffers(program.graph_module, places)
 
     @property
     def compiled(self) -> str:
@@ -353,6 +367,8 @@ class BoundProgram:
         versions_of_next = {
             name: version_of(following.weight(name)) for name in self.program.transfers.for_next if following
         }
+        if self.slot_buffers is not None:
+            args += self.slot_buffers.of(stores)
         results = list(self._run(args) if self.program.transfers.moves else self._run(*args))
         del args
         outputs, state = results[: self.program.num_outputs], results[self.program.num_outputs :]
@@ -470,6 +486,12 @@ class BoundProgram:
         copy = PREFETCH(weight, like.device, name) if copy is None else copy
         stores.weight_copies.put(name, copy, version)
         return copy
+
+
+def _value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that a node stands for."""
+    found: torch.Tensor = node.meta["val"]
+    return found
 
 
 def _as_planned(following: BoundProgram | None, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ NUM_TOKENS = NUM_WORDS + 1
 _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 _CAPTION_GAIN = 4.0
-"""Brings the projected words to about unit size: at torch's own start they are a fifth of it, and attention averages them."""
+"""Brings projected words to about unit size: at torch's own start they are a fifth of it, and are averaged."""
 
 
 @dataclass(frozen=True)
