@@ -41,6 +41,7 @@ from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, cur
 from lightcache_fx.stores import version_of
 from lightcache_fx.swapping import SMALLEST
 from lightcache_fx.units import format_bytes
+from lightcache_fx.warming import warm
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +270,7 @@ class Runtime:
         log.warning("max_signatures=%d reached: dropped the programs for %s", self.policy.max_signatures, shapes)
 
     def _build(self, call: Call) -> Compiled:
+        warm(self.policy.compile, self.homes.device)
         away = self._left_away()
         self._ledger.let_go()
         if away is None and self.homes.device.type != "cpu":
