@@ -14,6 +14,7 @@ from lightcache_fx.pipeline_plan import PipelinePlan, Stage, plan_pipeline
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Auto, Cache, Chunk, Compile, Decode, Layers, Policy, Region, Residual, Swap
 from lightcache_fx.printer import diff, format_graph, print_diff
+from lightcache_fx.recording import Recording, block_paths, record_kept
 from lightcache_fx.reports import PipelineReport, ProgramReport, Report, SignatureReport, inspect
 from lightcache_fx.runs import branch_name, marked_run, step_done
 from lightcache_fx.saving import save
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "Policy",
     "ProgramReport",
+    "Recording",
     "Region",
     "Report",
     "Residual",
@@ -38,6 +40,7 @@ __all__ = [
     "Stage",
     "Swap",
     "backend",
+    "block_paths",
     "branch_name",
     "decode_frames",
     "diff",
@@ -50,6 +53,7 @@ __all__ = [
     "plan",
     "plan_pipeline",
     "print_diff",
+    "record_kept",
     "reset",
     "restore",
     "save",

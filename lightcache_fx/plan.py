@@ -232,7 +232,7 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
     step = GraphFacts(step_graph, capture.marks, known_flops={node.name: count for node, count in facts.flops.items()})
     choice, candidates = choose_cut(step, policy.cache.cut, module) if policy.cache is not None else (None, [])
     notes = []
-    if choice is not None and not choice.reads_latent:
+    if choice is not None and not choice.reads_latent and policy.cache is not None and policy.cache.interval != 1:
         notes.append(
             f"a reuse step of cut {choice.label} does not read the current latent: it repeats the last full step's"
             f" prediction; for a transformer Residual(first=..., last=...) keeps the latent"

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ from lightcache_fx.program import BoundProgram, Moment, build_last, build_progra
 from lightcache_fx.program_log import log_programs
 from lightcache_fx.ranges import profiled
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
-from lightcache_fx.stores import version_of
+from lightcache_fx.stores import Stores, version_of
 from lightcache_fx.swapping import SMALLEST
 from lightcache_fx.units import format_bytes
 from lightcache_fx.warming import warm
@@ -109,6 +109,9 @@ class Runtime:
         local: the threads' runs; shared by all graphs of one model.
         varying: by an argument's name, dimensions whose sizes are known to vary before a second one comes.
 
+    Attributes:
+        observe: called after each full step with what has run, what its branch keeps, and that branch's place.
+
     Raises:
         ArgumentError: the policy's rates name a parameter that `forward` does not have.
         CutError: the policy cuts at a module path that does not exist.
@@ -145,6 +148,7 @@ class Runtime:
             self._sizes = DynamicSizes(module, policy, self.marked, self._compiled, varying or {})
         self._lock = threading.Lock()
         self._local = local or ThreadState()
+        self.observe: Callable[[Compiled, Stores, int], None] | None = None
 
     def _paths_to_mark(self) -> list[str]:
         """The submodules that a capture must be able to find."""
@@ -424,6 +428,8 @@ class Runtime:
         name, moment = self._handing_over(compiled, index, kind, moment)
         tensors = self._timed(compiled, name, call, position, moment)
         self.counts[kind] += 1
+        if self.observe is not None and is_full:
+            self.observe(compiled, branch.stores, self._place_of(position, compiled))
         return compiled.capture.rebuild_output(tensors)
 
     def _handing_over(self, compiled: Compiled, index: int, kind: str, moment: Moment) -> tuple[str, Moment]:
