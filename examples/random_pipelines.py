@@ -130,7 +130,8 @@ def _vae_widths(scale: Scale) -> tuple[int, ...]:
 
 
 def _image_vae(scale: Scale) -> nn.Module:
-    small = {**presets.IMAGE_VAE, "block_out_channels": _vae_widths(scale), "layers_per_block": 1, "norm_num_groups": 8}
+    small = {**presets.IMAGE_VAE, "block_out_channels": _vae_widths(scale), "layers_per_block": 1, "norm_num_groups": 8,
+             "sample_size": 96}
     vae: nn.Module = scale.make(diffusers.AutoencoderKL, scale.of(presets.IMAGE_VAE, small))
     return vae
 
