@@ -235,6 +235,7 @@ class Table:
         self.environment = environment(torch.device(options.device)) | _versions()
         self.cases = {name: case_of(name, options) for name in options.systems}
         self.cells: dict[tuple[str, str], dict[str, Any]] = {}
+        self.digests = {is_ours: _digest(is_ours=is_ours) for is_ours in (False, True)}  # of what was imported
         self.ends = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
 
     def file(self, name: str, way: str) -> Path:
@@ -242,7 +243,7 @@ class Table:
         facts = {
             "environment": self.environment, "case": asdict(self.cases[name].scale),
             "video": str(self.cases[name].video), "dtype": self.options.dtype, "repeats": self.options.repeats,
-            "threads": self.options.threads, "source": _digest(way),
+            "threads": self.options.threads, "source": self.digests[way in OURS],
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return Path(self.options.work) / f"{name}.{way}.{key}.json"
@@ -361,11 +362,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _digest(way: str) -> str:
+def _digest(*, is_ours: bool) -> str:
     """Of the sources that a cell depends on: ours depend on the whole package."""
     files = [ROOT / "examples" / name for name in ("random_pipelines.py", "systems.py", "stages.py")]
     files += [ROOT / "benchmarks" / "system_ways.py"]
-    if way in OURS:
+    if is_ours:
         files += [path for folder in ("lightcache_fx", "passes") for path in (ROOT / folder).rglob("*.py")]
     digest = hashlib.sha256()
     for path in sorted(files):

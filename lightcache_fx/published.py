@@ -18,8 +18,8 @@ class Published:
     Attributes:
         cache: interval and cut, as in the LightCache paper's notebooks; of EasyAnimate, where these patch the pipeline,
             all blocks but the first and the last as a residual.
-        chunk: share of a step's activations that chunks keep to. At the published size half of that is predicted to cost
-            at most 6 % (`benchmarks/results/memory_plans.md`); this one is kept by small versions as well.
+        chunk: share of a step's activations that chunks keep to. At the published size half of that is predicted to
+            cost at most 6 % (`benchmarks/results/memory_plans.md`); this one is kept by small versions as well.
         decode: one frame at a time where the system's decoder treats frames apart, else a share of what it takes whole.
     """
 
