@@ -128,6 +128,13 @@ def lightcache(setup: Setup) -> Iterator[Applied]:
 
 
 @contextmanager
+def lightcache_no_swap(setup: Setup) -> Iterator[Applied]:
+    """Ours: cache, chunk and slice, all weights where they are (`Policy.lightcache(..., swap=False)`)."""
+    with _ours(setup, setup.policy.model_copy(update={"swap": None})) as applied:
+        yield applied
+
+
+@contextmanager
 def _of_the_autoencoder(setup: Setup, name: str) -> Iterator[Applied]:
     vae = setup.pipe.vae
     try:
@@ -279,9 +286,8 @@ WAYS: Mapping[str, Callable[[Setup], Any]] = {
     "cache-dit": cache_dit,
     "torch-compile": torch_compile,
     "cached": cached,
+    "lightcache-no-swap": lightcache_no_swap,
     "lightcache": lightcache,
 }
-OURS = ("fme", "cached", "lightcache")
+OURS = ("fme", "cached", "lightcache-no-swap", "lightcache")
 """What runs this package's code."""
-INTERVAL_CACHES = ("deepcache", "cached", "lightcache")
-"""What caches by the same interval and cut."""

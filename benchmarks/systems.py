@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -65,6 +66,7 @@ BENCH = Scale(widths=(32, 64, 64), layers=1, vae_width=16, blocks=8)
 GPU_WAYS = ("plain", "deepcache", "cached", "lightcache")
 GPU_SYSTEMS = ("svd-xt", "animatediff-lightning", "easyanimate")
 GPU_MINUTES = 8.0
+OUR_CACHES = ("cached", "lightcache-no-swap", "lightcache")
 SAME_DB = 0.01
 """PSNRs that differ by less are the same."""
 
@@ -235,7 +237,7 @@ class Table:
         self.environment = environment(torch.device(options.device)) | _versions()
         self.cases = {name: case_of(name, options) for name in options.systems}
         self.cells: dict[tuple[str, str], dict[str, Any]] = {}
-        self.digests = {is_ours: _digest(is_ours=is_ours) for is_ours in (False, True)}  # of what was imported
+        self.digests = {way: _digest(way) for way in WAYS}  # of what was imported
         self.ends = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
 
     def file(self, name: str, way: str) -> Path:
@@ -243,7 +245,7 @@ class Table:
         facts = {
             "environment": self.environment, "case": asdict(self.cases[name].scale),
             "video": str(self.cases[name].video), "dtype": self.options.dtype, "repeats": self.options.repeats,
-            "threads": self.options.threads, "source": self.digests[way in OURS],
+            "threads": self.options.threads, "source": self.digests[way],
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return Path(self.options.work) / f"{name}.{way}.{key}.json"
@@ -362,13 +364,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _digest(*, is_ours: bool) -> str:
-    """Of the sources that a cell depends on: ours depend on the whole package."""
+def _digest(way: str) -> str:
+    """Of the sources that a cell depends on: the way's own, the scripts' and, where it is ours, the whole package's."""
     files = [ROOT / "examples" / name for name in ("random_pipelines.py", "systems.py", "stages.py")]
-    files += [ROOT / "benchmarks" / "system_ways.py"]
-    if is_ours:
+    if way in OURS:
         files += [path for folder in ("lightcache_fx", "passes") for path in (ROOT / folder).rglob("*.py")]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(inspect.getsource(WAYS[way]).encode())
     for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -419,13 +420,13 @@ def goals_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Goal]:
     """What one system should show: the lowest peak, and the fastest of the interval caches at equal or better PSNR."""
     measured = {way: cell for way, cell in cells.items() if "seconds" in cell}
     goals = {}
-    others = [peak_of(cell) for way, cell in measured.items() if way not in ("cached", "lightcache")]
+    others = [peak_of(cell) for way, cell in measured.items() if way not in OUR_CACHES]
     if "lightcache" in measured and others:
         goals["peak of ours / lowest of the others'"] = Goal(
             "peak", peak_of(measured["lightcache"]) / min(others), "at most", 1.0
         )
     peer = measured.get("deepcache")
-    for way in ("cached", "lightcache"):
+    for way in OUR_CACHES:
         if peer is None or way not in measured:
             continue
         ours = measured[way]

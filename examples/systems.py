@@ -136,8 +136,8 @@ def modules_of(pipe: Any) -> list[nn.Module]:
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
 
-def resident_weight_bytes(pipe: Any) -> int:
-    """Bytes of the weights that never leave: all but those that are bound to their copies elsewhere."""
+def resident_weight_bytes(pipe: Any, device: torch.device) -> int:
+    """Bytes of the weights that are on the device and never leave: all but those bound to their copies elsewhere."""
     homes = [
         runtime.homes
         for module in modules_of(pipe)
@@ -145,7 +145,8 @@ def resident_weight_bytes(pipe: Any) -> int:
         for runtime in module._lightcache.runtimes.values()
     ]
     weights = [weight for module in modules_of(pipe) for weight in module.parameters()]
-    return sum(weight.nbytes for weight in weights if not any(home.is_home(weight) for home in homes))
+    here = [weight for weight in weights if weight.device.type == device.type]
+    return sum(weight.nbytes for weight in here if not any(home.is_home(weight) for home in homes))
 
 
 @dataclass
@@ -196,7 +197,7 @@ class Stopwatch:
                 self.listener = None
 
         found = measure_stages(listened, device_type=self.device.type)
-        return {stage: peak + resident_weight_bytes(self.pipe) for stage, peak in found.items()}
+        return {stage: peak + resident_weight_bytes(self.pipe, self.device) for stage, peak in found.items()}
 
 
 def place(pipe: Any, policy: lc.Policy | None, device: torch.device) -> tuple[Any, lc.Policy | None]:
