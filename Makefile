@@ -76,6 +76,7 @@ bench: $(STAMP) ## Run benchmarks/denoise.py
 bench-gpu: $(STAMP) ## Measure on a GPU (CUDA) all that there is to measure; CPU results stay
 	@$(BIN)/python -m benchmarks.denoise --device cuda --dtype float16 --full-size $(ARGS)
 	@$(BIN)/python -m benchmarks.memory --device cuda --dtype float16 --full-size
+	@$(BIN)/python -m benchmarks.systems --device cuda --full-size
 	@$(BIN)/python -m benchmarks.swap_gpu
 	@$(BIN)/python -m benchmarks.compile --device cuda --dtype float16 --full-size --parts loops --out benchmarks/results/compile-cuda.json
 	@$(BIN)/python -m benchmarks.compile --device cuda --dtype float16 --full-size --parts loops --mode reduce-overhead \

@@ -47,24 +47,40 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
     yield torch.compile(model, backend="eager")
 
 
+def first_block_config() -> Any:
+    """The setting of diffusers' FirstBlockCache."""
+    from diffusers import FirstBlockCacheConfig
+
+    return FirstBlockCacheConfig(threshold=0.2)
+
+
+def taylor_seer_config() -> Any:
+    """That of its TaylorSeer."""
+    from diffusers import TaylorSeerCacheConfig
+
+    return TaylorSeerCacheConfig(
+        cache_interval=3, disable_cache_before_step=2, max_order=1, cache_identifiers=[r".*\.attn1?$"]
+    )
+
+
+def cache_dit_config() -> Any:
+    """That of cache-dit's DBCache."""
+    import cache_dit as peer
+
+    return peer.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
+
+
 @contextmanager
 def first_block_cache(model: nn.Module) -> Iterator[nn.Module]:
     """Diffusers' FirstBlockCache."""
-    from diffusers import FirstBlockCacheConfig
-
-    with _enabled(model, FirstBlockCacheConfig(threshold=0.2)) as enabled:
+    with _enabled(model, first_block_config()) as enabled:
         yield enabled
 
 
 @contextmanager
 def taylor_seer(model: nn.Module) -> Iterator[nn.Module]:
     """Diffusers' TaylorSeer."""
-    from diffusers import TaylorSeerCacheConfig
-
-    config = TaylorSeerCacheConfig(
-        cache_interval=3, disable_cache_before_step=2, max_order=1, cache_identifiers=[r".*\.attn1?$"]
-    )
-    with _enabled(model, config) as enabled:
+    with _enabled(model, taylor_seer_config()) as enabled:
         yield enabled
 
 
@@ -90,8 +106,7 @@ def cache_dit(model: nn.Module) -> Iterator[nn.Module]:
         raise RuntimeError("cache-dit is not installed")
     import cache_dit as peer
 
-    config = peer.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
-    peer.enable_cache(model, cache_config=config)
+    peer.enable_cache(model, cache_config=cache_dit_config())
     try:
         yield torch.compile(model, backend="eager")
     finally:

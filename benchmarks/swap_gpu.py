@@ -32,7 +32,6 @@ import transformers
 from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from rich.console import Console
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
 import lightcache_fx as lc
@@ -53,6 +52,8 @@ from benchmarks.common import (
     usable_device,
     write_json,
 )
+from examples.random_pipelines import byte_vocabulary
+from examples.systems import modules_of
 from lightcache_fx.measure import measure_peak
 from lightcache_fx.module import TransformedModule
 from lightcache_fx.pipeline_plan import PlannedStage
@@ -172,16 +173,14 @@ def _motion_unet(small: bool) -> nn.Module:
 
 def animatediff(place: Place) -> Any:
     """Stable Diffusion 1.5 with the motion adapter v1.5, as Lightning runs it; the tokenizer has no merges."""
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    vocabulary = byte_vocabulary("<|startoftext|>", "<|endoftext|>", end_of_word=True)
     end = vocabulary["<|endoftext|>"]
     special = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     text = transformers.CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=77, projection_dim=768, **special,
     ) if not place.small else transformers.CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=77, **special,
     )
     widths = (16, 16) if place.small else (128, 256, 512, 512)
@@ -236,11 +235,6 @@ SMALL = {
     ),
 }
 # fmt: on
-
-
-def modules_of(pipe: Any) -> list[nn.Module]:
-    """The networks of a pipeline."""
-    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
 
 def offload_models(pipe: Any, device: torch.device) -> None:

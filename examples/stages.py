@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from unittest import mock
@@ -86,6 +86,38 @@ def generate(pipe: StableVideoDiffusionPipeline, request: Request, observers: Se
         ).frames[0]
     begin("done")
     return np.asarray(frames, dtype=np.float32)
+
+
+def watched(scheduler: Any, begin: Callable[[str], None]) -> Any:
+    """A scheduler that is the given one and tells which stage begins: for any pipeline, whatever it calls back.
+
+    Denoising begins as the timesteps are set, decoding with the last step's end. A pipeline's call begins encoding.
+
+    Args:
+        scheduler: of a diffusers pipeline; it stays as it is.
+        begin: called with `denoise` and `decode`.
+    """
+    cls = type(scheduler)
+    steps_left = 0
+
+    @functools.wraps(cls.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal steps_left
+        begin("denoise")
+        cls.set_timesteps(self, *args, **kwargs)
+        steps_left = len(self.timesteps)
+
+    @functools.wraps(cls.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps_left
+        result = cls.step(self, *args, **kwargs)
+        steps_left -= 1
+        if steps_left == 0:
+            begin("decode")
+        return result
+
+    watching = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "step": step})
+    return watching.from_config(scheduler.config)
 
 
 class Clock:

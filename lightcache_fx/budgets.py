@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -18,7 +18,7 @@ from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.chunk_regions import chunked_copy
 from lightcache_fx.passes.insert_transfers import Transfers
 from lightcache_fx.plan import Plan
-from lightcache_fx.policy import Swap
+from lightcache_fx.policy import Chunk, Swap
 from lightcache_fx.program import modules_of, whole_graphs
 from lightcache_fx.simulator import simulate
 from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
@@ -382,14 +382,20 @@ def with_chunks(capture: Capture, plan: Plan, limit: Limit, *, cuda: bool | None
     frames = policy.frames_at_a_time() if capture.layout.method != "forward" else None
     explicit = policy.chunk.regions if policy.chunk is not None else []
     chunks = {}
-    for name, graph in whole_graphs(capture, plan).items():
+    graphs = whole_graphs(capture, plan)
+    asked = _asked_of_activations(policy.chunk, graphs, cuda)
+    asked_is_share = policy.chunk is not None and isinstance(policy.chunk.budget, str)
+    for name, graph in graphs.items():
         if policy.chunk is None and frames is None and limit(name) is None:
             continue
         regions = explicit if name != "prologue" else []
         whole = fx.GraphModule(modules_of(capture, graph), graph)
         layers = policy.chunk.layers if policy.chunk is not None and name != "prologue" else None
-        request = Request(_activations(plan, limit(name), whole.graph, cuda), regions, frames, cuda, layers=layers)
+        budget = min((size for size in (asked, limit(name)) if size is not None), default=None)
+        request = Request(budget, regions, frames, cuda, layers=layers)
         chunks[name] = _plan_exactly(whole, request)
+        if name == "prologue" and limit(name) is None and asked_is_share and not chunks[name].fits:
+            chunks[name] = replace(chunks[name], budget=chunks[name].peak_after)  # a share is one of what steps take
         if not chunks[name].fits:
             raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
     return replace(plan, chunks=chunks)
@@ -411,12 +417,16 @@ def _plan_exactly(whole: fx.GraphModule, request: Request) -> ChunkPlan:
     return chunk
 
 
-def _activations(plan: Plan, limit: int | None, graph: fx.Graph, cuda: bool | None) -> int | None:
-    """Bytes for the activations of a program."""
-    asked = plan.policy.chunk.budget if plan.policy.chunk is not None else None
+def _asked_of_activations(chunk: Chunk | None, graphs: Mapping[str, fx.Graph], cuda: bool | None) -> int | None:
+    """Bytes for the activations of each program; a share is one of what the step with the highest peak takes.
+
+    What runs once a generation has no share of its own: much of its peak is what it hands to the steps.
+    """
+    asked = chunk.budget if chunk is not None else None
     if isinstance(asked, str):
-        asked = int(float(asked.removesuffix("%")) / 100 * timeline(graph, cuda=cuda).peak_bytes)
-    return min((size for size in (asked, limit) if size is not None), default=None)
+        highest = max(timeline(graph, cuda=cuda).peak_bytes for name, graph in graphs.items() if name != "prologue")
+        return int(float(asked.removesuffix("%")) / 100 * highest)
+    return asked
 
 
 def _nothing(_: str) -> None:

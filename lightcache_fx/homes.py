@@ -66,14 +66,15 @@ class Homes:
         Raises:
             SwapError: there is no room at home.
         """
-        return self.adopt_all(map(self.weight, names))
+        return self.adopt_all(self.weights(names))
 
     def adopt_all(self, weights: Iterable[torch.Tensor]) -> int:
         """As `adopt`, for the weights themselves."""
         with self._lock, torch.inference_mode(False):
-            groups = _by_storage((weight for weight in weights if not self.is_home(weight)), self._all())
-            if not groups:
+            away = [weight for weight in weights if not self.is_home(weight)]
+            if not away:
                 return 0
+            groups = _by_storage(away, self._all())
             spans = [_span(group) for group in groups]
             arena = arena_for(
                 (torch.empty(span.num_bytes, dtype=torch.uint8, device="meta") for span in spans), **self._options()
@@ -135,11 +136,10 @@ class Homes:
         """Where a weight is used: of one that is at home, or in host memory as it was at first, the module's device."""
         return self.device if weight.device == self.origin or self.is_home(weight) else weight.device
 
-    def weight(self, name: str) -> torch.Tensor:
-        """One of the module's weights, as it is now."""
-        table, key = self._table()[name]
-        found: torch.Tensor = table[key]
-        return found
+    def weights(self, names: Iterable[str]) -> list[torch.Tensor]:
+        """Some of the module's weights, as they are now; the module is walked once, which takes its time."""
+        tables = self._table()
+        return [table[key] for table, key in (tables[name] for name in names)]
 
     def all_weights(self) -> list[torch.Tensor]:
         """The module's weights, as they are now, each once."""

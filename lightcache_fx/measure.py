@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,67 @@ def measure_peak(function: Callable[[], Any], *, device_type: str = "cpu") -> Me
     gc.collect()
     if device_type == "cuda":
         return _measure_cuda(function)
+    sizes = [event for event in _events_of(function) if isinstance(event, int)]
+    totals = list(accumulate(sizes))
+    return MeasuredPeak(
+        peak_bytes=max(totals, default=0),
+        end_bytes=totals[-1] if totals else 0,
+        num_allocations=sum(size > 0 for size in sizes),
+        device_type="cpu",
+    )
+
+
+def measure_stages(function: Callable[[Callable[[str], None]], Any], *, device_type: str = "cpu") -> dict[str, int]:
+    """Call `function` once and measure what is allocated at the peak of each of its stages, in bytes.
+
+    Counted is as in `measure_peak`, and relative to what there was before the call: what an earlier stage leaves
+    behind counts in the later ones.
+
+    Args:
+        function: is given a function to call with the name of each stage as it begins; what happens before the first
+            one counts nowhere. Its result is held until the measurement is over.
+        device_type: `cpu` or `cuda` (the current device).
+    """
+    gc.collect()
+    if device_type == "cuda":
+        return _measure_stages_cuda(function)
+    peaks: dict[str, int] = {}
+    total, stage = 0, None
+    for event in _events_of(lambda: function(_mark_stage)):
+        if isinstance(event, str):
+            stage = event
+        else:
+            total += event
+        if stage is not None:
+            peaks[stage] = max(peaks.get(stage, 0), total)
+    return peaks
+
+
+_STAGE = "lightcache stage: "
+
+
+def _mark_stage(name: str) -> None:
+    with record_function(_STAGE + name):
+        pass
+
+
+def _events_of(function: Callable[[], Any]) -> list[int | str]:
+    """Bytes allocated (released: below zero) on the CPU while `function` runs, and stages as they begin, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     recorded = profiler.profiler
     assert recorded is not None
     assert recorded.kineto_results is not None
+    found: list[tuple[int, int | str]] = []
     # Not through profiler.events(), which drops memory events that happen outside operators.
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in recorded.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
-    ]
+    for event in recorded.kineto_results.events():
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+            found.append((event.start_ns(), event.nbytes()))
+        elif event.name().startswith(_STAGE):
+            found.append((event.start_ns(), event.name().removeprefix(_STAGE)))
     del result
-    events.sort(key=lambda event: event[0])  # stable: events of one thread keep their order
-    totals = list(accumulate(size for _, size in events))
-    return MeasuredPeak(
-        peak_bytes=max(totals, default=0),
-        end_bytes=totals[-1] if totals else 0,
-        num_allocations=sum(size > 0 for _, size in events),
-        device_type="cpu",
-    )
+    found.sort(key=lambda event: event[0])  # stable: events of one thread keep their order
+    return [event for _, event in found]
 
 
 def _measure_cuda(function: Callable[[], Any]) -> MeasuredPeak:
@@ -82,3 +123,24 @@ def _measure_cuda(function: Callable[[], Any]) -> MeasuredPeak:
     peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     del result
     return MeasuredPeak(max(peak - before, 0), after - before, 0, "cuda")
+
+
+def _measure_stages_cuda(function: Callable[[Callable[[str], None]], Any]) -> dict[str, int]:
+    before = torch.cuda.memory_allocated()
+    peaks: dict[str, int] = {}
+    stage: list[str] = []
+
+    def close() -> None:
+        torch.cuda.synchronize()
+        if stage:
+            peaks[stage[-1]] = max(peaks.get(stage[-1], 0), torch.cuda.max_memory_allocated() - before)
+        torch.cuda.reset_peak_memory_stats()
+
+    def begin(name: str) -> None:
+        close()
+        stage.append(name)
+
+    result = function(begin)
+    close()
+    del result
+    return peaks

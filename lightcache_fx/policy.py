@@ -2,6 +2,7 @@
 
 Policy()                                             # lossless: nothing is approximated
 Policy.deepcache(interval=3, branch=0)               # the published baseline
+Policy.lightcache("svd-xt")                          # caching, and what takes back the memory that it costs
 Policy(cache=Cache(cut="transformer_blocks.7", interval=2))
 Policy(cache=Cache(cut=Residual(first="blocks.1", last="blocks.26"), steps=[0, 1, 5, 10]))
 Policy(cache=Cache(cut="auto", interval=4))
@@ -194,7 +195,8 @@ class Chunk(_Settings):
 
     Attributes:
         budget: the most bytes that the activations of one program may take: everything that a step allocates, without
-            weights, the call's inputs and what is kept between steps. `"60%"` is a share of what it takes unchunked.
+            weights, the call's inputs and what is kept between steps. `"60%"` is a share of what the step that takes
+            most does unchunked; what is computed once a generation is cut to it as far as can be.
         regions: explicit regions, applied before the budget is looked at.
         layers: cut every other layer into so many chunks, likewise.
     """
@@ -459,6 +461,56 @@ class Policy(_Settings):
         value. Autoencoders whose frames depend on each other are refused one frame at a time: give `decode` a budget.
         """
         return cls(chunk=Chunk(layers=Layers(spatial=num_spatial_chunk, temporal=num_temporal_chunk)), decode=Decode())
+
+    @classmethod
+    def lightcache(
+        cls,
+        system: str | None = None,
+        *,
+        interval: int | None = None,
+        branch: int | None = None,
+        swap: bool = True,
+        chunk: bool = True,
+        slice: bool = True,  # noqa: A002 - the paper's word
+    ) -> Policy:
+        """LightCache: caching at a system's published setting, and the three parts that take back what it costs.
+
+            Policy.lightcache("svd-xt")
+            Policy.lightcache("animatediff-lightning", interval=4, swap=False)
+            Policy.lightcache()  # of any model
+
+        Unlike the paper's, all of them are exact: what caching changes is all that changes, but for float rounding.
+
+        Args:
+            system: `svd-xt`, `animatediff-lightning`, `animatediff`, `modelscope` or `easyanimate`; None for a setting
+                that suits U-Nets of any kind. Give a transformer's `cut` by `model_copy`, or name its system.
+            interval: every `interval`-th step is full, instead of as published.
+            branch: DeepCache's branch, a depth on a U-Net's up path, instead of the published cut.
+            swap: weights and cached features are on the device only while they are needed, as far as that costs no
+                time by prediction.
+            chunk: a step's activations are kept to a share of what they take, by regions that run chunk by chunk.
+            slice: the autoencoder decodes frame by frame where frames are independent, else within a share of what it
+                takes, exactly.
+
+        Raises:
+            PolicyError: an unknown system, or an impossible interval or branch.
+        """
+        from lightcache_fx.published import GENERIC, PUBLISHED
+
+        if system is not None and system not in PUBLISHED:
+            known = ", ".join(PUBLISHED)
+            raise PolicyError(
+                f"lightcache: system: no settings of {system!r}{nearest(str(system), PUBLISHED)}; there are those of"
+                f" {known}; leave it out for other models"
+            )
+        published = GENERIC if system is None else PUBLISHED[system]
+        cut: Any = published.cache.cut if branch is None else branch
+        return cls(
+            cache=Cache(cut=cut, interval=published.cache.interval if interval is None else interval),
+            swap=Swap() if swap else None,
+            chunk=Chunk(budget=published.chunk) if chunk else None,
+            decode=published.decode if slice else None,
+        )
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Policy:

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.capture import Capture
+from lightcache_fx.chunk_planner import ChunkPlan
 from lightcache_fx.cuts import Slot
 from lightcache_fx.flops import total_flops
 from lightcache_fx.graphs import (
@@ -102,9 +103,8 @@ def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
     programs = {}
     graphs = whole_graphs(capture, plan)
     others = _fetchable(capture, plan, graphs["full"])
-    for name, graph in graphs.items():
-        if name in plan.chunks:
-            plan.chunks[name].chunking.apply(graph)
+    for name, whole in graphs.items():
+        graph = _chunked(whole, plan.chunks.get(name))
         for variant, transfers in _variants(plan, name):
             copied, _ = copy_graph(graph)
             programs[variant] = _with_transfers(variant, capture, copied, transfers, plan, others)
@@ -126,9 +126,19 @@ def build_last(
     """
     graphs = whole_graphs(capture, plan)
     others = _fetchable(capture, plan, graphs["full"]) | {("next", key): like for key, like in following.items()}
-    if base in plan.chunks:
-        plan.chunks[base].chunking.apply(graphs[base])
-    return _with_transfers(name, capture, graphs[base], transfers, plan, others)
+    graph = _chunked(graphs[base], plan.chunks.get(base))
+    return _with_transfers(name, capture, graph, transfers, plan, others)
+
+
+def _chunked(whole: fx.Graph, chunk: ChunkPlan | None) -> fx.Graph:
+    """A copy with its regions, in which new nodes have the names that they had while transfers were planned.
+
+    A graph never gives a name twice, not even that of a node that was removed; the planner looked at a copy too.
+    """
+    graph, _ = copy_graph(whole)
+    if chunk is not None:
+        chunk.chunking.apply(graph)
+    return graph
 
 
 def _fetchable(capture: Capture, plan: Plan, full: fx.Graph) -> dict[tuple[str, str], torch.Tensor]:

@@ -379,7 +379,7 @@ class Runtime:
         planned = swap.weights if swap is not None else frozenset[str]()
         if self._is_away:  # copied from page-locked memory, beside computing
             kept = frozenset[str]().union(*(program.resident for program in compiled.bound.values()))
-            planned |= {name for name in kept if is_dense(self.homes.weight(name))}
+            planned |= {n for n, w in zip(kept, self.homes.weights(kept), strict=True) if is_dense(w)}
         return planned
 
     def _locate(self, call: Call, compiled: Compiled) -> Position:

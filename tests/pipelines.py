@@ -14,7 +14,6 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -22,17 +21,16 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 
+from examples.random_pipelines import byte_vocabulary, qwen_tokenizer
 from zoo import ZOO
 
 NUM_STEPS = 8
 SMALL = (2, 2)  # height and width, in units of 16 pixels
 WIDE = (2, 3)
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,9 @@ class PipelineCase:
         return torch.from_numpy(np.asarray(output))
 
 
-def _byte_vocabulary(*specials: str, end_of_word: bool) -> dict[str, int]:
-    letters = sorted(ByteLevel.alphabet())
-    endings = [f"{letter}</w>" for letter in letters] if end_of_word else []
-    return {token: index for index, token in enumerate([*letters, *endings, *specials])}
-
-
 def _text_parts() -> dict[str, Any]:
     """A byte-level CLIP tokenizer of 7 tokens a prompt and a text encoder of the width that the zoo's U-Nets expect."""
-    vocabulary = _byte_vocabulary("<|startoftext|>", "<|endoftext|>", end_of_word=True)
+    vocabulary = byte_vocabulary("<|startoftext|>", "<|endoftext|>", end_of_word=True)
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=16,
@@ -165,7 +157,7 @@ def _stable_video_diffusion() -> Any:
 
 
 def _easyanimate() -> Any:
-    vocabulary = _byte_vocabulary("<|endoftext|>", end_of_word=False)
+    vocabulary = byte_vocabulary("<|endoftext|>", end_of_word=False)
     text = {
         "vocab_size": len(vocabulary) + 8,
         "hidden_size": 24,
@@ -180,8 +172,6 @@ def _easyanimate() -> Any:
         "pad_token_id": vocabulary["<|endoftext|>"],
     }
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=256)
-    tokenizer.chat_template = CHAT_TEMPLATE
     vae = diffusers.AutoencoderKLMagvit(
         latent_channels=4,
         block_out_channels=[8, 8, 8, 8],
@@ -192,7 +182,7 @@ def _easyanimate() -> Any:
     return diffusers.EasyAnimatePipeline(
         vae=vae.eval(),
         text_encoder=Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval(),
-        tokenizer=tokenizer,
+        tokenizer=qwen_tokenizer(),
         transformer=_denoiser("easyanimate"),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )

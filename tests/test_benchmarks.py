@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import lightcache_fx as lc
-from benchmarks import command_line, denoise, graphs, memory, plans, swap, swap_gpu, swap_plans
+from benchmarks import command_line, denoise, graphs, memory, plans, swap, swap_gpu, swap_plans, systems
 from benchmarks import compile as compile_benchmark
 from benchmarks.common import (
     Goal,
@@ -693,3 +693,95 @@ def test_graphs_are_counted_for_every_cache():
     assert theirs["breaks"] > 0
     assert theirs["compilations"] > theirs["breaks"]
     assert "no attribute 'enable_cache'" in graphs.count("pixart", graphs.taylor_seer, 1)["reason"]
+
+
+# systems --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def systems_run(tmp_path_factory):
+    """A quick table of one system, by some ways that it supports and some that it does not."""
+    folder = tmp_path_factory.mktemp("systems")
+    arguments = ["--quick", "--systems", "modelscope", "--repeats", "1", "--work", str(folder / "work")]
+    arguments += ["--ways", "plain", "deepcache", "vae-slicing", "model-offload", "pab", "cached"]
+    arguments += ["--out", str(folder / "systems.json")]
+    threads = torch.get_num_threads()
+    systems.main(arguments)
+    torch.set_num_threads(threads)
+    return folder, arguments
+
+
+def test_systems_are_measured_by_every_way_that_supports_them(systems_run):
+    folder, _ = systems_run
+    result = json.loads((folder / "systems.json").read_text())
+    cells = result["systems"]["modelscope"]["cells"]
+    assert cells["pab"] == {"skipped": "it caches transformers; UNet3DConditionModel is none"}
+    assert cells["model-offload"] == {"skipped": "it moves weights to an accelerator, and there is none"}
+    for way in ("plain", "deepcache", "vae-slicing", "cached"):
+        cell = cells[way]
+        assert cell["seconds"]["median"] == pytest.approx(sum(s["median"] for s in cell["stage_seconds"].values()))
+        assert list(cell["peak_bytes"]) == ["encode", "denoise", "decode"]
+    assert cells["plain"]["quality"] == {"identical": True, "psnr": None, "ssim": 1.0}
+    assert cells["plain"]["speedup"]["median"] == 1.0
+    # Both caches keep the same value at the same steps, so they make the same video.
+    assert cells["cached"]["quality"]["psnr"] == pytest.approx(cells["deepcache"]["quality"]["psnr"], abs=0.1)
+    assert 10 < cells["cached"]["quality"]["psnr"] < 100 < cells["vae-slicing"]["quality"]["psnr"]
+    assert cells["vae-slicing"]["peak_bytes"]["decode"] < cells["plain"]["peak_bytes"]["decode"]
+    assert cells["cached"]["predicted_peak_bytes"]["denoise"] == pytest.approx(
+        cells["cached"]["peak_bytes"]["denoise"], rel=0.05
+    )
+    page = (folder / "systems.md").read_text()
+    assert "* pab: skipped: it caches transformers" in page
+    assert "| deepcache |" in page
+    assert str(folder) not in page + (folder / "systems.json").read_text()
+
+
+def test_a_second_run_measures_nothing_that_is_known(systems_run, monkeypatch):
+    folder, arguments = systems_run
+    before = json.loads((folder / "systems.json").read_text())
+    monkeypatch.setattr(systems.Session, "run", lambda _: pytest.fail("it measured"))
+    systems.main(arguments)
+    assert json.loads((folder / "systems.json").read_text()) == before
+    with pytest.raises(pytest.fail.Exception, match="it measured"):
+        systems.main([*arguments, "--steps", "3"])
+
+
+def test_no_time_left_is_told_and_not_kept(systems_run, tmp_path):
+    _, arguments = systems_run
+    arguments = [*arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "r.json"), "--minutes", "0"]
+    systems.main(arguments)
+    cells = json.loads((tmp_path / "r.json").read_text())["systems"]["modelscope"]["cells"]
+    assert set(cells) == {"plain", "deepcache", "vae-slicing", "model-offload", "pab", "cached"}
+    assert all(cell == {"not_run": "the 0 minutes were over"} for cell in cells.values())
+    assert not (tmp_path / "work").exists()
+
+
+def _cell(speedup, peak, psnr=30.0):
+    return {"seconds": {}, "speedup": {"median": speedup}, "peak_bytes": {"decode": peak, "denoise": 1},
+            "quality": {"psnr": psnr}}  # fmt: skip
+
+
+def test_what_systems_should_show():
+    cells = {"plain": _cell(1.0, 100, None), "deepcache": _cell(2.0, 120), "fme": _cell(0.9, 40, None),
+             "cached": _cell(2.2, 100), "lightcache": _cell(1.8, 30, 29.0), "pab": {"skipped": "no"}}  # fmt: skip
+    goals = systems.goals_of(cells)
+    assert {name: (round(goal.value, 3), goal.met) for name, goal in goals.items()} == {
+        "peak of ours / lowest of the others'": (0.75, True),
+        "speed of cached / of DeepCache, at equal or better PSNR": (1.1, True),
+        "speed of lightcache / of plain": (1.8, True),  # worse PSNR than DeepCache's: not compared with it
+    }
+    worse = systems.goals_of(cells | {"lightcache": _cell(1.8, 50)})
+    assert not worse["peak of ours / lowest of the others'"].met
+    assert not worse["speed of lightcache / of DeepCache, at equal or better PSNR"].met
+
+
+def test_full_size_systems_need_a_gpu(gpus, capsys):
+    with pytest.raises(SystemExit):
+        systems.read_options(["--full-size"])
+    assert "expected --device cuda" in capsys.readouterr().err
+    gpus(1)
+    options = systems.read_options(["--device", "cuda", "--full-size"])
+    assert (options.ways, options.minutes, options.blocks) == (list(systems.GPU_WAYS), 8.0, 8)
+    assert options.out.name == "systems-cuda.json"
+    full = systems.case_of("svd-xt", options)
+    assert (full.scale.widths, str(full.video)) == (None, "25 x 576 x 1024, 25 steps")

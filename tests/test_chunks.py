@@ -24,9 +24,11 @@ from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, Region
 from lightcache_fx.graphs import copy_graph
 from lightcache_fx.liveness import timeline
 from lightcache_fx.measure import measure_peak
+from lightcache_fx.module import capture_and_plan
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, chunked_copy, find_region
 from lightcache_fx.passes.split_group_norm import group_norms
-from lightcache_fx.policy import Chunk, Decode, Layers, Policy, Region
+from lightcache_fx.policy import Cache, Chunk, Decode, Layers, Policy, Region, Residual, Swap
+from lightcache_fx.program import build_programs, modules_of, whole_graphs
 from zoo import ZOO
 
 TOLERANCE = 1e-5
@@ -249,6 +251,37 @@ def test_a_budget_is_a_share_of_what_the_program_takes() -> None:
     assert (chunk.peak_before, chunk.budget) == (peak, int(0.4 * peak))
     assert chunk.peak_after <= chunk.budget
     assert chunk.regions
+
+
+def test_a_share_is_one_of_what_steps_take_and_refuses_no_prologue() -> None:
+    """Most of a prologue's peak are the values that it hands on, which no chunk makes smaller."""
+    model, make_inputs = ZOO["animatediff"].build()
+    policy = Policy(cache=Cache(cut=0, interval=2), chunk=Chunk(budget="60%"), max_hoisted_bytes="16MiB")
+    chunks = lc.plan(model, kwargs=make_inputs(seed=0), policy=policy).chunks
+    highest = max(chunks["full"].peak_before, chunks["reuse"].peak_before)
+    assert {chunks[name].budget for name in ("full", "reuse")} == {int(0.6 * highest)}
+    assert all(chunk.fits for chunk in chunks.values())
+    within = Policy(chunk=Chunk(budget=chunks["prologue"].peak_after // 2))
+    with pytest.raises(BudgetError, match="prologue"):  # bytes are bytes
+        lc.plan(model, kwargs=make_inputs(seed=0), policy=within)
+
+
+def test_transfers_find_the_nodes_of_regions_by_the_names_that_they_were_planned_with() -> None:
+    """The graph that is chunked has given names to nodes that are gone; the planner's copy of it has not."""
+    model, make_inputs = ZOO["easyanimate"].build()
+    cut = Residual(first="transformer_blocks.1", last="transformer_blocks.2")
+    policy = Policy(cache=Cache(cut=cut, interval=2), chunk=Chunk(budget="60%"), swap=Swap())
+    captured, plan = capture_and_plan(
+        model, (), make_inputs(seed=0), policy, method=None, device=None, hardware=None, takes_turns=True
+    )
+    built = build_programs(captured, plan)
+    for name, graph in whole_graphs(captured, plan).items():
+        whole = fx.GraphModule(modules_of(captured, graph), graph)
+        planned = {node.name for node in chunked_copy(whole.graph, plan.chunks[name].chunking).graph.nodes}
+        transfers = ("_arriving", "_here", "_leaving", "_gone", "_copy", "_home", "_later")
+        assert plan.chunks[name].regions or name == "prologue"
+        found = {n.name for n in built[name].graph_module.graph.nodes if n.op == "call_function"}
+        assert {n for n in found if not any(part in n for part in transfers)} <= planned
 
 
 def test_a_share_for_decoding_leaves_encoding_whole() -> None:

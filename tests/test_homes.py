@@ -71,6 +71,20 @@ def assert_same(model: nn.Module, before: nn.Module) -> None:
     assert not shared(model.query, model.plain)
 
 
+def test_what_is_home_already_costs_one_walk_of_the_module(tmp_path: Path) -> None:
+    """This is asked before every call; a walk for each weight took longer than the copies."""
+    model, walks = Model(), []
+    homes = Homes(lambda: (walks.append(1), weight_slots(model))[1], "disk", tmp_path)
+    assert homes.adopt(NAMES) > 0
+    walks.clear()
+    assert homes.adopt(NAMES) == 0
+    assert len(walks) == 1
+    walks.clear()
+    assert [w is getattr(model, name) for w, name in zip(homes.weights(NAMES), NAMES, strict=True)] == [True] * 9
+    assert len(walks) == 1
+    homes.recall(CPU)
+
+
 def shared(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightcache_fx import Auto, Cache, Chunk, Decode, Policy, Residual
+from lightcache_fx.cli.presets import PRESETS
 from lightcache_fx.errors import LightcacheError, PolicyError
+from lightcache_fx.published import PUBLISHED
 
 CACHE_KEYS = "cut, interval, steps, mask, first, last, num_steps"
 POLICY_KEYS = (
@@ -119,6 +121,51 @@ def test_presets() -> None:
     assert Policy.deepcache() == Policy(cache=Cache(cut=0, interval=3))
     assert Policy().cache is None
     assert Policy().hoist
+
+
+@pytest.mark.parametrize("system", [None, *PUBLISHED])
+def test_lightcache_is_the_published_cache_and_three_parts_that_can_be_left_out(system: str | None) -> None:
+    policy = Policy.lightcache(system)
+    cached = Policy.lightcache(system, swap=False, chunk=False, slice=False)
+    assert cached == Policy(cache=policy.cache)
+    assert policy.cache is not None
+    parts = {"swap": policy.swap, "chunk": policy.chunk, "slice": policy.decode}
+    assert all(part is not None for part in parts.values())
+    for name in parts:
+        without = Policy.lightcache(system, **{name: False})
+        field = "decode" if name == "slice" else name
+        assert without == policy.model_copy(update={field: None})
+    assert Policy.from_yaml(policy.to_yaml()) == policy
+
+
+def test_lightcache_has_the_settings_of_the_command_lines_systems() -> None:
+    assert {name: Policy.lightcache(name).cache for name in PRESETS} == {n: s.cache for n, s in PRESETS.items()}
+    intervals = {name: settings.cache.interval for name, settings in PUBLISHED.items()}
+    assert intervals == {
+        "svd-xt": 8,
+        "animatediff-lightning": 2,
+        "animatediff": 2,
+        "modelscope": 2,
+        "easyanimate": 2,
+    }
+
+
+def test_lightcache_takes_another_interval_and_branch() -> None:
+    assert Policy.lightcache("svd-xt", interval=3).cache == Cache(cut=0, interval=3)
+    assert Policy.lightcache("svd-xt", branch=2).cache == Cache(cut=2, interval=8)
+    assert Policy.lightcache(interval=5, branch=1).cache == Cache(cut=1, interval=5)
+    with pytest.raises(PolicyError, match=r"Cache: interval: .*, got 0"):
+        Policy.lightcache("svd-xt", interval=0)
+
+
+def test_lightcache_names_the_nearest_system() -> None:
+    with pytest.raises(PolicyError) as found:
+        Policy.lightcache("animate-diff")
+    assert str(found.value) == (
+        "lightcache: system: no settings of 'animate-diff'; did you mean 'animatediff',"
+        " 'animatediff-lightning', 'easyanimate'?; there are those of svd-xt, animatediff-lightning, animatediff,"
+        " modelscope, easyanimate; leave it out for other models"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ The compiler knows none of these names. Weights are never needed: what counts ar
 from __future__ import annotations
 
 from lightcache_fx.cli.systems import Component, Defaults, System
-from lightcache_fx.policy import Cache, Residual
+from lightcache_fx.published import PUBLISHED
 
 # A configuration reads best as a paragraph.
 # fmt: off
@@ -44,11 +44,11 @@ CLIP_VISION_H = {
     "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32,
     "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
 }
-_CLIP_TEXT_L = {
+CLIP_TEXT_L = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "max_position_embeddings": 77, "projection_dim": 768,
 }
-_CLIP_TEXT_H = {
+CLIP_TEXT_H = {
     "vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
     "num_attention_heads": 16, "max_position_embeddings": 77, "projection_dim": 512, "hidden_act": "gelu",
 }
@@ -56,7 +56,7 @@ _CLIP_TEXT_H = {
 
 _IMAGE_VAE = Component("vae", "diffusers", "AutoencoderKL", IMAGE_VAE)
 _ANIMATEDIFF = (
-    Component("text_encoder", "transformers", "CLIPTextModel", _CLIP_TEXT_L),
+    Component("text_encoder", "transformers", "CLIPTextModel", CLIP_TEXT_L),
     Component("unet", "diffusers", "UNetMotionModel", MOTION_UNET),
     _IMAGE_VAE,
 )
@@ -70,29 +70,29 @@ PRESETS = {
             Component("unet", "diffusers", "UNetSpatioTemporalConditionModel", SVD_XT_UNET),
         ),
         Defaults(height=576, width=1024, frames=25, steps=25, guidance=True, decode_frames=8),
-        Cache(cut=0, interval=8),
+        PUBLISHED["svd-xt"].cache,
     ),
     "animatediff-lightning": System(
         "AnimateDiff-Lightning",
         _ANIMATEDIFF,
         Defaults(height=512, width=512, frames=25, steps=8, guidance=False, decode_frames=16),
-        Cache(cut=0, interval=2),
+        PUBLISHED["animatediff-lightning"].cache,
     ),
     "animatediff": System(
         "AnimateDiff v1.5",
         _ANIMATEDIFF,
         Defaults(height=512, width=512, frames=16, steps=25, guidance=True, decode_frames=16),
-        Cache(cut=0, interval=2),
+        PUBLISHED["animatediff"].cache,
     ),
     "modelscope": System(
         "ModelScope text-to-video 1.7B",
         (
-            Component("text_encoder", "transformers", "CLIPTextModel", _CLIP_TEXT_H),
+            Component("text_encoder", "transformers", "CLIPTextModel", CLIP_TEXT_H),
             Component("unet", "diffusers", "UNet3DConditionModel", MODELSCOPE_UNET),
             _IMAGE_VAE,
         ),
         Defaults(height=256, width=256, frames=25, steps=25, guidance=True),
-        Cache(cut=0, interval=2),
+        PUBLISHED["modelscope"].cache,
     ),
     "easyanimate": System(
         "EasyAnimate V5.1 7B",
@@ -101,7 +101,7 @@ PRESETS = {
             Component("vae", "diffusers", "AutoencoderKLMagvit", {}),
         ),
         Defaults(height=512, width=512, frames=25, steps=50, guidance=True),
-        Cache(cut=Residual(first="transformer_blocks.1", last="transformer_blocks.26"), interval=2),
+        PUBLISHED["easyanimate"].cache,
         left_out={"text_encoder": "the preset has no configuration of it"},
     ),
 }
