@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._autograd import DeviceType
@@ -51,7 +51,7 @@ def measure_peak(function: Callable[[], Any], *, device_type: str = "cpu") -> Me
     gc.collect()
     if device_type == "cuda":
         return _measure_cuda(function)
-    sizes = [event for event in _events_of(function) if isinstance(event, int)]
+    sizes = [event for _, event in _events_of(function) if isinstance(event, int)]
     totals = list(accumulate(sizes))
     return MeasuredPeak(
         peak_bytes=max(totals, default=0),
@@ -72,19 +72,43 @@ def measure_stages(function: Callable[[Callable[[str], None]], Any], *, device_t
             one counts nowhere. Its result is held until the measurement is over.
         device_type: `cpu` or `cuda` (the current device).
     """
-    gc.collect()
     if device_type == "cuda":
+        gc.collect()
         return _measure_stages_cuda(function)
     peaks: dict[str, int] = {}
-    total, stage = 0, None
-    for event in _events_of(lambda: function(_mark_stage)):
+    for moment in measure_over_time(function):
+        if moment.stage is not None:
+            peaks[moment.stage] = max(peaks.get(moment.stage, 0), moment.num_bytes)
+    return peaks
+
+
+class MemoryMoment(NamedTuple):
+    """What is allocated from one moment on.
+
+    Attributes:
+        seconds: since the first allocation, on the profiler's clock: watching takes time too.
+        num_bytes: allocated since the call began and not released.
+        stage: that is under way; None before the first one.
+    """
+
+    seconds: float
+    num_bytes: int
+    stage: str | None
+
+
+def measure_over_time(function: Callable[[Callable[[str], None]], Any]) -> list[MemoryMoment]:
+    """Call `function` once, as `measure_stages` does, and follow what is allocated on the CPU, change by change."""
+    gc.collect()
+    found: list[MemoryMoment] = []
+    total, stage, begin = 0, None, None
+    for nanoseconds, event in _events_of(lambda: function(_mark_stage)):
+        begin = nanoseconds if begin is None else begin
         if isinstance(event, str):
             stage = event
         else:
             total += event
-        if stage is not None:
-            peaks[stage] = max(peaks.get(stage, 0), total)
-    return peaks
+        found.append(MemoryMoment((nanoseconds - begin) / 1e9, total, stage))
+    return found
 
 
 _STAGE = "lightcache stage: "
@@ -95,8 +119,11 @@ def _mark_stage(name: str) -> None:
         pass
 
 
-def _events_of(function: Callable[[], Any]) -> list[int | str]:
-    """Bytes allocated (released: below zero) on the CPU while `function` runs, and stages as they begin, in order."""
+def _events_of(function: Callable[[], Any]) -> list[tuple[int, int | str]]:
+    """Bytes allocated (released: below zero) on the CPU while `function` runs, and stages as they begin.
+
+    In order, each with its moment in nanoseconds.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     recorded = profiler.profiler
@@ -111,7 +138,7 @@ def _events_of(function: Callable[[], Any]) -> list[int | str]:
             found.append((event.start_ns(), event.name().removeprefix(_STAGE)))
     del result
     found.sort(key=lambda event: event[0])  # stable: events of one thread keep their order
-    return [event for _, event in found]
+    return found
 
 
 def _measure_cuda(function: Callable[[], Any]) -> MeasuredPeak:

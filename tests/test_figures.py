@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from benchmarks.common import RESULTS
-from benchmarks.figures import quality
+from benchmarks.figures import memory, quality
 from benchmarks.figures.__main__ import FIGURES, main
+from examples.random_pipelines import SMALL
+from examples.systems import Video
+from lightcache_fx.measure import MemoryMoment
 
 
 def arguments(tmp_path: Path, *given: str) -> list[str]:
@@ -36,6 +39,36 @@ def test_similarity(tmp_path: Path) -> None:
         assert matrix[3][3] == 1
         assert matrix[3][7] == matrix[7][3]
         assert matrix[3][4] > matrix[3][20]  # what caching lives on
+
+
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "BENCH", SMALL)
+    monkeypatch.setattr(memory, "VIDEO", Video(32, 32, 3, 2))
+    main(arguments(tmp_path, "memory", "--steps", "2"))
+    ways = read(tmp_path, "memory")["ways"]
+    assert list(ways) == ["plain", "DeepCache", "ours"]
+    for way in ways.values():
+        assert list(way["begins"]) == list(way["peaks"]) == ["encode", "denoise", "decode"]
+        assert max(way["bytes"]) == max(way["peaks"].values()) > way["resident"]
+    assert ways["ours"]["resident"] < ways["plain"]["resident"] == ways["DeepCache"]["resident"]
+
+
+def test_a_curve_keeps_every_peak() -> None:
+    moments = [
+        MemoryMoment(0.0, 5, None), MemoryMoment(1.0, 7, "encode"), MemoryMoment(2.0, 900, "denoise"),
+        MemoryMoment(2.0001, 8, "denoise"), MemoryMoment(5.0, 60, "decode"), MemoryMoment(7.0, 6, "decode"),
+    ]  # fmt: skip
+    found = memory.curve(moments, resident=100)
+    assert found["seconds"] == 6
+    assert found["begins"] == {"encode": 0, "denoise": 1, "decode": 4}
+    assert found["peaks"] == {"encode": 107, "denoise": 1000, "decode": 160}
+    heights = found["bytes"]
+    assert len(heights) == memory.BINS
+    assert max(heights) == heights[100] == 1000
+    assert set(heights[:100]) == {107}
+    assert set(heights[101:400]) == {108}
+    assert set(heights[400:599]) == {160}
+    assert heights[599] == 160  # the last interval begins with it
 
 
 def test_quality_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

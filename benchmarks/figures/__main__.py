@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from benchmarks.common import RESULTS, write_json
-from benchmarks.figures import quality, similarity
+from benchmarks.figures import memory, quality, similarity
 from benchmarks.figures.style import FOLDER
 
-FIGURES = ("similarity", "quality")
+FIGURES = {"similarity": similarity, "memory": memory, "quality": quality}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("figures", nargs="*", choices=[*FIGURES, []], metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--draw", action="store_true", help="draw anew, measure nothing")
     parser.add_argument("--clips", type=int, default=0, help="generations; by default 4 for similarity, 32 for quality")
+    parser.add_argument("--steps", type=int, default=memory.VIDEO.steps, help="of the generation whose memory is shown")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=FOLDER)
@@ -39,13 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for figure in options.figures or FIGURES:
         path = options.results / f"figures-{figure}.json"
         if not options.draw:
-            if figure == "similarity":
-                result = similarity.measure(options.clips or 4)
-            else:
-                result = quality.measure(options.clips or 32, options.work, console.print)
+            match figure:
+                case "similarity":
+                    result = similarity.measure(options.clips or 4)
+                case "memory":
+                    result = memory.measure(replace(memory.VIDEO, steps=options.steps), console.print)
+                case _:
+                    result = quality.measure(options.clips or 32, options.work, console.print)
             write_json(path, result)
         result = json.loads(path.read_text(encoding="utf-8"))
-        {"similarity": similarity, "quality": quality}[figure].draw(result, options.out)
+        FIGURES[figure].draw(result, options.out)
         console.print(f"{figure}: {path.name}, {figure}.png, {figure}.svg")
 
 
