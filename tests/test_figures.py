@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks import ablations
 from benchmarks.common import RESULTS
 from benchmarks.figures import memory, quality
 from benchmarks.figures.__main__ import FIGURES, main
@@ -94,3 +95,32 @@ def test_drawn_anew_from_what_is_kept(figure: str, tmp_path: Path) -> None:
     main([figure, "--draw", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {f"{figure}.png", f"{figure}.svg"}
     assert (RESULTS / f"figures-{figure}.json").exists()
+
+
+def test_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablations, "BENCH", SMALL)
+    monkeypatch.setattr(ablations, "VIDEO", Video(32, 32, 3, 2))
+    some = {name: ablations.PARTS[name] for name in ("plain", "cache", "cache, swap, chunk, slice")}
+    monkeypatch.setattr(ablations, "PARTS", some)
+    out = tmp_path / "ablations.json"
+    small = ["--steps", "3", "--rounds", "2", "--clips", "1", "--frames", "2", "4", "--intervals", "1", "2"]
+    main = [*small, "--branches", "0", "--out", str(out), "--pictures", str(tmp_path)]
+    ablations.main(["parts", *main])
+    parts = json.loads(out.read_text())["parts"]
+    assert list(parts) == list(some)
+    assert parts["plain"]["speedup"] == {"median": 1.0, "min": 1.0, "max": 1.0, "count": 2}
+    peaks = {name: max(way["peak_bytes"].values()) for name, way in parts.items()}
+    assert peaks["cache, swap, chunk, slice"] < peaks["plain"]
+    ablations.main(["frames", "settings", *main])
+    result = json.loads(out.read_text())
+    assert result["parts"] == parts  # what was not asked for is kept
+    plain = result["frames"]["plain"]
+    assert max(plain["4"].values()) > max(plain["2"].values())
+    one, two = result["settings"]["rows"]
+    assert (one["identical"], one["flop_speedup"]) == (True, 1)
+    assert two["psnr"] > 15
+    assert two["flop_speedup"] > 1.2
+    page = out.with_suffix(".md").read_text()
+    assert "| branch 0 | same, 1.00x | " in page
+    assert "| cache, swap, chunk, slice | " in page
+    assert (tmp_path / "ablations.png").stat().st_size > 10_000
