@@ -27,8 +27,8 @@ MOTION = "guoyww/animatediff-motion-adapter-v1-5-2"
 
 def load(model: str, dtype: torch.dtype) -> Any:
     """A picture model with the motion adapter, and the scheduler that this was trained with."""
-    adapter = MotionAdapter.from_pretrained(MOTION, torch_dtype=dtype)
-    pipe = AnimateDiffPipeline.from_pretrained(model, motion_adapter=adapter, torch_dtype=dtype)
+    adapter = MotionAdapter.from_pretrained(MOTION, dtype=dtype)
+    pipe = AnimateDiffPipeline.from_pretrained(model, motion_adapter=adapter, dtype=dtype)
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, beta_schedule="linear", timestep_spacing="linspace", clip_sample=False, steps_offset=1
     )

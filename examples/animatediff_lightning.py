@@ -32,7 +32,7 @@ def load(model: str, dtype: torch.dtype) -> Any:
     """A picture model with the motion modules that were distilled to 8 steps."""
     adapter = MotionAdapter().to(dtype=dtype)
     adapter.load_state_dict(load_file(hf_hub_download(*MOTION)))
-    pipe = AnimateDiffPipeline.from_pretrained(model, motion_adapter=adapter, torch_dtype=dtype)
+    pipe = AnimateDiffPipeline.from_pretrained(model, motion_adapter=adapter, dtype=dtype)
     pipe.scheduler = EulerDiscreteScheduler.from_config(
         pipe.scheduler.config, timestep_spacing="trailing", beta_schedule="linear"
     )

@@ -26,7 +26,7 @@ from examples.systems import System, Video, command
 
 def load(model: str, dtype: torch.dtype) -> Any:
     """The pipeline as it is published."""
-    return EasyAnimatePipeline.from_pretrained(model, torch_dtype=dtype)
+    return EasyAnimatePipeline.from_pretrained(model, dtype=dtype)
 
 
 SYSTEM = System(

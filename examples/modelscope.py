@@ -25,7 +25,7 @@ from examples.systems import System, Video, command
 
 def load(model: str, dtype: torch.dtype) -> Any:
     """The pipeline as it is published."""
-    return TextToVideoSDPipeline.from_pretrained(model, torch_dtype=dtype)
+    return TextToVideoSDPipeline.from_pretrained(model, dtype=dtype)
 
 
 SYSTEM = System(

@@ -18,8 +18,9 @@ class Published:
     Attributes:
         cache: interval and cut, as in the LightCache paper's notebooks; of EasyAnimate, where these patch the pipeline,
             all blocks but the first and the last as a residual.
-        chunk: share of a step's activations that chunks keep to. At the published size half of that is predicted to
-            cost at most 6 % (`benchmarks/results/memory_plans.md`); this one is kept by small versions as well.
+        chunk: share of a step's activations that chunks keep to. At the published size half of that (ModelScope: three
+            quarters) is predicted to cost at most 6 %, see `benchmarks/results/memory_plans.md`; small versions of the
+            system keep it as well.
         decode: one frame at a time where the system's decoder treats frames apart, else a share of what it takes whole.
     """
 
@@ -38,7 +39,7 @@ PUBLISHED: Mapping[str, Published] = {
     "svd-xt": Published(Cache(cut=0, interval=8), "60%", _TOGETHER),
     "animatediff-lightning": Published(Cache(cut=0, interval=2), "60%", _APART),
     "animatediff": Published(Cache(cut=0, interval=2), "60%", _APART),
-    "modelscope": Published(Cache(cut=0, interval=2), "60%", _APART),
+    "modelscope": Published(Cache(cut=0, interval=2), "40%", _APART),
     "easyanimate": Published(
         Cache(cut=Residual(first="transformer_blocks.1", last="transformer_blocks.26"), interval=2), "60%", _TOGETHER
     ),

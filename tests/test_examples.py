@@ -81,7 +81,7 @@ def test_a_script_loads_what_it_is_told(monkeypatch):
     asked: list[tuple[str, torch.dtype]] = []
 
     def load(model: str, **settings: Any) -> Any:
-        asked.append((model, settings["torch_dtype"]))
+        asked.append((model, settings["dtype"]))
         raise OSError("there is no such model")
 
     monkeypatch.setattr(modelscope.TextToVideoSDPipeline, "from_pretrained", load)
