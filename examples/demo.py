@@ -32,6 +32,7 @@ from examples.report import Caching, Comparison, Variant, grids, write_report
 from examples.small_model.sample import MODEL_FOLDER, first_frame, heldout_clip
 from examples.small_model.sprites import FPS
 from examples.stages import Clock, Frames, Meter, Observer, Request, generate
+from lightcache_fx.printer import diff
 from lightcache_fx.quality import compare_videos
 
 
@@ -106,6 +107,7 @@ class Stopwatch:
             cores=float(np.mean([clock.cores for clock in self.clocks])),
             peak_bytes=meter.peak_bytes,
             flops=meter.flops,
+            memory=meter.over_time(),
         )
 
 
@@ -188,7 +190,18 @@ def compare(
             "torch": torch.__version__,
             "frames": list(plain_frames.shape),
         },
+        plan=str(report),
+        diff=tuple(program_diff(report)),
     )
+
+
+def program_diff(report: lc.Report) -> list[str]:
+    """The printed lines between the full and the first reuse program; none where nothing is cached."""
+    programs = report.programs
+    reuse = next((name for name in programs if name.startswith("reuse")), None)
+    if reuse is None:
+        return []
+    return diff(programs["full"], programs[reuse], names=("full", reuse), modules=True).splitlines()
 
 
 @dataclass(frozen=True)
@@ -224,7 +237,7 @@ def run(options: Options, console: Console) -> Comparison:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         comparison = compare(pipe, policy, request, options.repeats, Ticker(progress))
-    write_report(comparison, options.out)
+    write_report(comparison, options.out, FPS)
     write_videos(comparison, options.out, FPS)
     plot_stages(comparison, options.out / "stages.png")
     return comparison
@@ -257,6 +270,7 @@ def main(
     for note in comparison.notes():
         console.print(f"[bold]note:[/bold] {note}")
     console.print(f"Results are in {out}; begin with {out / 'side_by_side.gif'}.")
+    console.print(f"One page of it all: lightcache-fx report report.html --run {out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ BUSY_CORES = 0.85
 class Variant:
     """One pipeline's part: frames, the seconds of every timed run, the metered run's bytes and FLOPs; all by stage.
 
-    `cores` is how many were at work on average in the timed runs.
+    `cores` is how many were at work on average in the timed runs; `memory` is what `Meter.over_time` returns.
     """
 
     frames: Frames
@@ -32,6 +32,7 @@ class Variant:
     cores: float
     peak_bytes: dict[str, int]
     flops: dict[str, int]
+    memory: dict[str, Any]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -66,13 +67,18 @@ class Caching:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plain and accelerated side by side; `settings` are what the user chose and where it ran."""
+    """Plain and accelerated side by side; `settings` are what the user chose and where it ran.
+
+    `plan` is for people; `diff` has the lines between the full and the reuse program, each with its module.
+    """
 
     plain: Variant
     accelerated: Variant
     caching: Caching
     quality: Quality
     settings: dict[str, Any]
+    plan: str
+    diff: tuple[str, ...]
 
     def speedup(self, stage: str) -> float:
         """Plain over accelerated seconds of a stage or of the `total`."""
@@ -198,8 +204,18 @@ def _caching_rows(comparison: Comparison) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
-    """Write `report.json`, `report.md` and the frames that the figures are of, `frames.npz`."""
+def write_report(comparison: Comparison, folder: Path, fps: int) -> None:
+    """Write `report.json`, `report.md`, the frames that the figures are of, `frames.npz`, and `details.json`.
+
+    `lightcache-fx report` makes its page of them.
+    """
+    details = {
+        "fps": fps,
+        "memory": {"plain": comparison.plain.memory, "accelerated": comparison.accelerated.memory},
+        "plan": comparison.plan,
+        "diff": list(comparison.diff),
+    }
+    (folder / "details.json").write_text(json.dumps(details, allow_nan=False) + "\n", encoding="utf-8")
     text = json.dumps(comparison.as_dict(), indent=2, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     markdown = "\n\n".join(grid.to_markdown() for grid in grids(comparison))

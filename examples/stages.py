@@ -160,7 +160,14 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.peak_bytes: dict[str, int] = {}
         self.flops: dict[str, int] = {}
-        self._live_bytes = 0
+        self.operators = 0
+        self.moments: list[tuple[int, int]] = []
+        self.begins: dict[str, int] = {}
+        self.peak_stage = ""
+        self.peak_alive: list[tuple[str, tuple[int, ...], int]] = []
+        self._alive: dict[int, tuple[str, tuple[int, ...], int]] = {}
+        self._highest = 0
+        self._live_bytes = self._allocations = 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._stage = "done"
         self._flops_before = 0
@@ -182,6 +189,7 @@ class Meter(TorchDispatchMode):
             self.flops[self._stage] = total - self._flops_before
         if name != "done":
             self.peak_bytes[name] = self._live_bytes
+            self.begins[name] = self.operators
         self._stage, self._flops_before = name, total
 
     def step(self, _pipe: StableVideoDiffusionPipeline) -> None:
@@ -194,17 +202,55 @@ class Meter(TorchDispatchMode):
         for storage in _storages((args, kwargs)):
             self._seen.add(storage)
         result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage not in self._seen:
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
                 self._live_bytes += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes())
+                key = self._allocations
+                self._allocations += 1
+                self._alive[key] = (str(func), tuple(leaf.shape), storage.nbytes())
+                weakref.finalize(storage, self._freed, key)
+        self._note()
         if self._stage != "done":
             self.peak_bytes[self._stage] = max(self.peak_bytes[self._stage], self._live_bytes)
         return result
 
-    def _freed(self, num_bytes: int) -> None:
-        self._live_bytes -= num_bytes
+    def _note(self) -> None:
+        if self._stage == "done":
+            return
+        self.operators += 1
+        self.moments.append((self.operators, self._live_bytes))
+        if self._live_bytes > self._highest:
+            self._highest, self.peak_stage, self.peak_alive = self._live_bytes, self._stage, [*self._alive.values()]
+
+    def over_time(self, bins: int = 400, largest: int = 8) -> dict[str, Any]:
+        """The most in each of `bins` equal shares of the operators, where stages begin, and what the peak held.
+
+        Returns:
+            `bytes` of each bin; `begins`, of each stage the share of operators before it; `stage` of the peak; `alive`,
+            the `largest` storages then, with the operator that made each, its result's shape, and bytes.
+        """
+        heights = [0] * bins
+        last = before = 0
+        for operator, num_bytes in self.moments:
+            place = (operator - 1) * bins // self.operators
+            for between in range(last + 1, place):
+                heights[between] = before
+            heights[place] = max(heights[place], num_bytes)
+            last, before = place, num_bytes
+        alive = sorted(self.peak_alive, key=lambda item: -item[2])[:largest]
+        return {
+            "bytes": heights,
+            "begins": {stage: begin / self.operators for stage, begin in self.begins.items()},
+            "stage": self.peak_stage,
+            "alive": [
+                {"operator": operator, "shape": " × ".join(map(str, shape)), "bytes": num_bytes}
+                for operator, shape, num_bytes in alive
+            ],
+        }
+
+    def _freed(self, key: int) -> None:
+        self._live_bytes -= self._alive.pop(key)[2]
 
 
 def _storages(values: object) -> list[torch.UntypedStorage]:

@@ -1,4 +1,4 @@
-"""The commands: `plan`, `compare`, `diff`, `inspect`. Results go to standard output, all else to standard error."""
+"""The commands, such as `plan` and `report`. Results go to standard output, all else to standard error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightcache_fx.cli.planning import Dtype, Kind, Planned, Wish
 from lightcache_fx.cli.presets import PRESETS
 from lightcache_fx.cli.programs import PrintedPrograms, saved_programs
 from lightcache_fx.cli.systems import read_system
-from lightcache_fx.errors import ArgumentError, BudgetError, LightcacheError
+from lightcache_fx.errors import ArgumentError, BudgetError, LightcacheError, MissingExtraError
 from lightcache_fx.loading import load
 from lightcache_fx.pipeline_plan import PipelinePlan
 from lightcache_fx.reports import inspect as inspect_module
@@ -265,6 +265,27 @@ def inspect(
         print_json({**report.as_dict(), "policy": policy})
         return
     show(*tables, f"policy: {policy.strip()}")
+
+
+@app.command(epilog="Example: lightcache-fx report report.html --run out/demo")
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.")],
+    run: Annotated[Path, typer.Option(help="Folder that a run of the demo left.")] = Path("out/demo"),
+) -> None:
+    """Write one page that works offline: videos, stages, memory, plan, programs and quality of a run."""
+    try:
+        from lightcache_fx.cli.report_page import page
+    except ModuleNotFoundError as error:
+        if error.name not in ("jinja2", "numpy", "PIL"):
+            raise
+        raise MissingExtraError(f"report needs {error.name}", "cli") from None
+    with busy(f"reading {run}"):
+        text = page(run)
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(f"cannot write {out}: {error.strerror}") from None
+    say(f"wrote {out}, {format_bytes(len(text.encode()))}")
 
 
 def _is_saved(source: str) -> bool:
