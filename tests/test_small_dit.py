@@ -63,6 +63,19 @@ def test_folder_loads_as_the_latte_pipeline(pipeline):
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
+def test_the_shipped_weights_show_what_the_words_say():
+    spec = sample_dit.heldout_clips(4)[3]
+    assert captions.caption(spec) == "a red fish swims quickly left from the upper centre by day"
+    shipped = sample_dit.load_pipeline()
+    frames = sample_dit.generate(shipped, captions.caption(spec), steps=25, guidance_scale=2.0, seed=3)
+    found = reading.compare_with_words(frames, spec)
+    assert found["backdrop"] == 1
+    assert found["colour"] > 0.7
+    assert found["kind"] > 0.7
+    folder = sample_dit.DIT_FOLDER
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 12_000_000
+
+
 def test_without_weights_the_samples_say_how_to_get_them(tmp_path):
     said = CliRunner().invoke(
         sample_dit.app, ["--model", str(tmp_path / "latte-sprites"), "--target", str(tmp_path / "new")]
