@@ -42,6 +42,7 @@ def test_similarity(tmp_path: Path) -> None:
         assert matrix[3][4] > matrix[3][20]  # what caching lives on
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "BENCH", SMALL)
     monkeypatch.setattr(memory, "VIDEO", Video(32, 32, 3, 2))
@@ -97,6 +98,7 @@ def test_drawn_anew_from_what_is_kept(figure: str, tmp_path: Path) -> None:
     assert (RESULTS / f"figures-{figure}.json").exists()
 
 
+@pytest.mark.slow
 def test_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablations, "BENCH", SMALL)
     monkeypatch.setattr(ablations, "VIDEO", Video(32, 32, 3, 2))
