@@ -3,7 +3,8 @@
     python -m benchmarks.figures                     # all, about half an hour on two cores
     python -m benchmarks.figures similarity --clips 4
 
-Pictures go to docs/figures/ as PNG and SVG, and what they show to benchmarks/results/figures-*.json.
+`systems` draws what `python -m benchmarks.systems` has measured. Pictures go to docs/figures/ as PNG and SVG, and what
+they show to benchmarks/results/figures-*.json.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import RESULTS, write_json
-from benchmarks.figures import memory, quality, similarity
+from benchmarks.figures import memory, quality, similarity, systems
 from benchmarks.figures.style import FOLDER
 
-FIGURES = {"similarity": similarity, "memory": memory, "quality": quality}
+FIGURES = {"systems": systems, "similarity": similarity, "memory": memory, "quality": quality}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     console = Console(stderr=True)
     for figure in options.figures or FIGURES:
-        path = options.results / f"figures-{figure}.json"
-        if not options.draw:
+        path = options.results / ("systems.json" if figure == "systems" else f"figures-{figure}.json")
+        if not options.draw and figure != "systems":
             match figure:
                 case "similarity":
                     result = similarity.measure(options.clips or 4)
