@@ -86,7 +86,7 @@ def test_rates_never_fall_along_an_edge(name: str) -> None:
 # FLOPs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd", "svd", "dit", "sd3", "pixart"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("svd", marks=pytest.mark.slow), "dit", "sd3", "pixart"])
 def test_flops_are_those_of_torchs_counter(name: str) -> None:
     """In eager with attention spelt out: torch counts the fused attention of CPUs as nothing."""
     given = zoo(name)

@@ -72,6 +72,7 @@ def test_a_curve_keeps_every_peak() -> None:
     assert heights[599] == 160  # the last interval begins with it
 
 
+@pytest.mark.slow
 def test_quality_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "INTERVALS", (2,))
     monkeypatch.setattr(quality, "STEPS", 4)

@@ -471,7 +471,7 @@ def test_time_that_is_saved_by_hand() -> None:
 # A real pipeline ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["svd", "sd", "easyanimate"])
+@pytest.mark.parametrize("name", [pytest.param("svd", marks=pytest.mark.slow), "sd", "easyanimate"])
 def test_pipelines(name: str) -> None:
     case = PIPELINES[name]
     pipe, asked = case.build(), Policy(swap=Swap(budget="70%"))

@@ -40,7 +40,11 @@ def _expected(case: PipelineCase, pipe: Any, seed: int, size: tuple[int, int]) -
         return case.generate(pipe, seed, size)
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+SLOW = ("animatediff", "modelscope")
+CASES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PIPELINES]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def cached(request: pytest.FixtureRequest) -> tuple[PipelineCase, Any, Any]:
     """A plain pipeline and the cached one made of it. Shared: a run must not depend on those before it."""
     case = PIPELINES[request.param]
