@@ -100,7 +100,7 @@ def draw(result: Mapping[str, Any], folder: Path = FOLDER) -> None:
             figure.colorbar(image, ax=row[0])
             least, most = names[int(before.mean(axis=1).argmax())], names[int(before.mean(axis=1).argmin())]
             for axes, name, changes in ((row[1], least, "least"), (row[2], most, "most")):
-                image = _heat(axes, matrices[name], f"any two steps\n{name}, which changes {changes}")
+                image = _heat(axes, matrices[name], f"any two steps, changing {changes}:\n{name}")
                 axes.set(xlabel="step", ylabel="step")
             figure.colorbar(image, ax=row[2], label="cosine similarity")
 
