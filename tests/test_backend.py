@@ -303,7 +303,7 @@ def test_a_run_with_everything_on_compiles_nothing_anew(name: str) -> None:
     model, make_inputs = ZOO[name].build()
     policy = lc.Policy(
         cache=lc.Cache(cut="auto", interval=8),
-        swap=lc.Swap(budget="60%"),
+        swap=lc.Swap(budget="80%" if name == "modelscope" else "60%"),  # its activations alone take more
         chunk=lc.Chunk(budget="95%"),
         hoist=False,
         compile=EAGER,
