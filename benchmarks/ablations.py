@@ -1,10 +1,10 @@
-"""What each part of `Policy.lightcache` does: alone, together, by interval and branch, and as videos grow longer.
+"""What each part of `Policy.lightcache` does: alone, together, by interval, branch and scheduler, as videos grow longer.
 
-    python -m benchmarks.ablations                    # all, about half an hour on two cores
+    python -m benchmarks.ablations                    # all, about an hour on two cores
     python -m benchmarks.ablations parts frames
 
 `parts` and `frames` generate with the small system of Stable Video Diffusion's shape (random weights: time and memory
-alone), `settings` with the trained small model (quality). Ways take turns; ratios are to the plain generation of the
+alone), `settings` and `schedulers` with the trained small models (quality). Ways take turns; ratios are to the plain generation of the
 same round. Results go to results/ablations.json and .md, and the picture to docs/figures/.
 """
 
@@ -36,6 +36,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.figures.style import FOLDER, written
+from benchmarks.schedulers import SCHEDULERS, measure_schedulers
 from benchmarks.systems import BENCH
 from examples.random_pipelines import Scale
 from examples.small_model import sample
@@ -57,7 +58,10 @@ VIDEO = Video(128, 128, 8, 25)
 FRAMES = (4, 8, 16, 32)
 INTERVALS = tuple(range(1, 9))
 BRANCHES = (0, 1, 2, 3)
-KINDS = ("parts", "frames", "settings")
+SCHEDULED_INTERVALS = (2, 3)
+KINDS = ("parts", "frames", "settings", "schedulers")
+LEAST = "30%"
+"""Of a step's activations: less than `Policy.lightcache` keeps to, for videos that are too long for it."""
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Way:
     """A pipeline of its own that has generated twice, which captures and plans.
 
     Attributes:
+        chunk: share of a step's activations that chunks keep to, if another than the policy's.
         seconds: of each measured generation.
         peaks: by stage, weights that never leave included.
     """
@@ -72,6 +77,7 @@ class Way:
     choice: Mapping[str, bool] | None
     scale: Scale
     video: Video
+    chunk: str | None = None
     seconds: list[float] = field(default_factory=list)
     peaks: dict[str, int] = field(default_factory=dict)
 
@@ -80,7 +86,10 @@ class Way:
         pipe.set_progress_bar_config(disable=True)
         self.watch = Stopwatch(pipe, CPU)
         if self.choice is not None:
-            self.watch.pipe = lc.transform_pipeline(pipe, SYSTEM.policy(pipe, **self.choice))
+            policy = SYSTEM.policy(pipe, **self.choice)
+            if self.chunk is not None:
+                policy = policy.model_copy(update={"chunk": lc.Chunk(budget=self.chunk)})
+            self.watch.pipe = lc.transform_pipeline(pipe, policy)
         for _ in range(2):
             self._run()
 
@@ -133,14 +142,20 @@ def measure_parts(options: argparse.Namespace, log: Callable[[str], None]) -> di
 
 def measure_frames(options: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
     """Peaks of videos of more and more frames, plain and with everything on; a few steps show a step's peak."""
-    found: dict[str, Any] = {"plain": {}, "lightcache": {}}
+    ways: Mapping[str, tuple[Mapping[str, bool] | None, str | None]] = {
+        "plain": (None, None),
+        "lightcache": ({}, None),
+        f"lightcache, chunks of {LEAST}": ({}, LEAST),
+    }
+    found: dict[str, Any] = {name: {} for name in ways}
     for frames in options.frames:
-        for name, choice in (("plain", None), ("lightcache", {})):
-            way = Way(choice, BENCH, replace(VIDEO, frames=frames, steps=3))
+        for name, (choice, chunk) in ways.items():
+            way = Way(choice, BENCH, replace(VIDEO, frames=frames, steps=3), chunk)
             way.measure_peaks()
             way.close()
             found[name][str(frames)] = way.peaks
-        log(f"{frames} frames: {', '.join(format_bytes(max(one[str(frames)].values())) for one in found.values())}")
+        peaks = (format_bytes(one[str(frames)]["denoise"]) for one in found.values())
+        log(f"{frames} frames: denoising {', '.join(peaks)}")
     return found
 
 
@@ -200,13 +215,16 @@ def tables(result: Mapping[str, Any]) -> dict[str, tuple[Sequence[str], list[lis
         ]
         found["Parts"] = (("", "faster than plain", "peak", *STAGES), rows)
     if "frames" in result:
-        plain, ours = result["frames"]["plain"], result["frames"]["lightcache"]
-        rows = [
-            [frames, *(format_bytes(max(one[frames].values())) for one in (plain, ours)),
-             f"{max(plain[frames].values()) / max(ours[frames].values()):.2f}"]
-            for frames in plain
-        ]  # fmt: skip
-        found["Frames"] = (("frames", "plain", "lightcache", "plain / lightcache"), rows)
+        ways = result["frames"]
+        numbers = list(ways["plain"])
+        columns = [f"{name}: {what}" for name in ways for what in ("denoising", "whole")]
+        rows = [[n, *(format_bytes(size) for way in ways.values() for size in _sizes(way[n]))] for n in numbers]
+        grown = [
+            last - first
+            for way in ways.values()
+            for first, last in zip(_sizes(way[numbers[0]]), _sizes(way[numbers[-1]]), strict=True)
+        ]
+        found["Frames"] = (("frames", *columns), [*rows, ["grown by", *map(format_bytes, grown)]])
     if "settings" in result:
         by_place = {(row["branch"], row["interval"]): row for row in result["settings"]["rows"]}
         intervals = sorted({interval for _, interval in by_place})
@@ -219,7 +237,21 @@ def tables(result: Mapping[str, Any]) -> dict[str, tuple[Sequence[str], list[lis
             ("", *(f"interval {interval}" for interval in intervals)),
             rows,
         )
+    if "schedulers" in result:
+        for model, by_name in result["schedulers"].items():
+            title = f"Schedulers, {model}: PSNR against the same scheduler's plain video, dB, and speed-up by FLOPs"
+            rows = [
+                [name, f"{of[0]['calls_per_step']:.2f}", *(f"{r['psnr']:.1f}, {r['flop_speedup']:.2f}x" for r in of)]
+                for name, of in by_name.items()
+            ]
+            intervals = [row["interval"] for row in next(iter(by_name.values()))]
+            found[title] = (("", "calls a step", *(f"interval {interval}" for interval in intervals)), rows)
     return found
+
+
+def _sizes(peaks: Mapping[str, int]) -> tuple[int, int]:
+    """Of denoising, and of the whole."""
+    return peaks["denoise"], max(peaks.values())
 
 
 def draw(result: Mapping[str, Any], folder: Path = FOLDER) -> None:
@@ -228,7 +260,7 @@ def draw(result: Mapping[str, Any], folder: Path = FOLDER) -> None:
     with written("ablations", folder, figsize=(5.2 * len(kinds), 4.2)) as figure:
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
         for axes, kind in zip(panels, kinds, strict=True):
-            {"parts": _draw_parts, "frames": _draw_frames, "settings": _draw_settings}[kind](axes, result[kind])
+            _DRAWN[kind](axes, result[kind])
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="#e3e7ec", linewidth=0.8)
             axes.set_axisbelow(True)
@@ -245,10 +277,10 @@ def _draw_parts(axes: Axes, parts: Mapping[str, Any]) -> None:
 
 
 def _draw_frames(axes: Axes, frames: Mapping[str, Any]) -> None:
-    for (name, by_frames), colour in zip(frames.items(), ("#7a8799", "#e0662f"), strict=True):
-        peaks = {int(number): max(stages.values()) / 2**20 for number, stages in by_frames.items()}
+    for (name, by_frames), colour in zip(frames.items(), ("#7a8799", "#e0662f", "#2f8f6b"), strict=True):
+        peaks = {int(number): stages["denoise"] / 2**20 for number, stages in by_frames.items()}
         axes.plot(list(peaks), list(peaks.values()), "o-", color=colour, label=name)
-    axes.set(title="frames", xlabel="frames", ylabel="peak, MiB", ylim=(0, None))
+    axes.set(title="frames", xlabel="frames", ylabel="peak of denoising, MiB", ylim=(0, None))
     axes.legend(frameon=False)
 
 
@@ -264,6 +296,21 @@ def _draw_settings(axes: Axes, settings: Mapping[str, Any]) -> None:
     axes.legend(frameon=False)
 
 
+def _draw_schedulers(axes: Axes, schedulers: Mapping[str, Any]) -> None:
+    for (model, by_name), colour in zip(schedulers.items(), ("#3b6fb5", "#e0662f"), strict=True):
+        for name, rows in by_name.items():
+            place = rows[0]["flop_speedup"], rows[0]["psnr"]
+            axes.plot(*place, "o", color=colour, label=model if name == next(iter(by_name)) else None)
+            axes.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    interval = next(iter(next(iter(schedulers.values())).values()))[0]["interval"]
+    axes.set(title=f"schedulers, interval {interval}", xlabel="speed-up by FLOPs", ylabel="PSNR, dB")
+    axes.margins(x=0.25)
+    axes.legend(frameon=False)
+
+
+_DRAWN = {"parts": _draw_parts, "frames": _draw_frames, "settings": _draw_settings, "schedulers": _draw_schedulers}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from a command line; kinds that are not asked for keep the results that they have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -274,13 +321,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES)
     parser.add_argument("--intervals", type=int, nargs="+", default=INTERVALS)
     parser.add_argument("--branches", type=int, nargs="+", default=BRANCHES)
+    parser.add_argument("--schedulers", nargs="+", choices=[*SCHEDULERS], default=[*SCHEDULERS])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "ablations.json")
     parser.add_argument("--pictures", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     console, log = Console(width=140), Console(stderr=True).print
-    measures = {"parts": measure_parts, "frames": measure_frames, "settings": measure_settings}
+    measures = {
+        "parts": measure_parts,
+        "frames": measure_frames,
+        "settings": measure_settings,
+        "schedulers": lambda options, log: measure_schedulers(
+            options.schedulers, SCHEDULED_INTERVALS, clips=options.clips, steps=options.steps, log=log
+        ),
+    }
     result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     for kind in options.kinds or KINDS:
         result[kind] = measures[kind](options, log)

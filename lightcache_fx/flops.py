@@ -47,6 +47,8 @@ class _Counter:
             return sum(self.of(inner) for body in bodies if body is not None for inner in calls(body.graph))
         if not isinstance(node.target, OpOverload) or is_view(node) or torch.Tag.pointwise in node.target.tags:
             return 0
+        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
+            return 0  # a number that is read from a tensor
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         flat, spec = pytree.tree_flatten((args, kwargs))
         key = (node.target, str(spec), tuple(map(_type_key, flat)))

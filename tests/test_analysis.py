@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,6 +94,25 @@ def test_flops_are_those_of_torchs_counter(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         given.module(*args, **kwargs)
     assert given.facts.total_flops() == counter.get_total_flops() > 0
+
+
+class ReadsANumber(nn.Module):
+    """Indexes by a tensor without dimensions, whose value is read from it while the graph runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(5.0))
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        return self.linear(x) * self.table[step]
+
+
+def test_reading_a_number_costs_no_flops() -> None:
+    x = torch.randn(3, 4)
+    given = captured(ReadsANumber().eval(), x, torch.tensor(2))
+    assert any(isinstance(node.meta["val"], torch.SymInt) for node in calls(given.graph_module.graph))
+    assert given.facts.total_flops() == 2 * 3 * 4 * 4
 
 
 def test_flops_of_a_cut_program_are_those_of_the_hooked_modules() -> None:

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import ablations
+from benchmarks import ablations, schedulers
 from benchmarks.figures import memory, quality
 from benchmarks.figures.__main__ import FIGURES, main
 from examples.random_pipelines import SMALL
+from examples.small_model import sample, sprites
+from examples.small_model.measures import psnr_db
 from examples.systems import Video
 from lightcache_fx.measure import MemoryMoment
 
@@ -97,12 +100,24 @@ def test_drawn_anew_from_what_is_kept(figure: str, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {f"{figure}.png", f"{figure}.svg"}
 
 
+def test_schedulers_of_discrete_times_make_the_videos_of_those_of_continuous_ones() -> None:
+    """At the same noise levels DDIM's step without noise is Euler's, so only the way in which time is told differs."""
+    clips = []
+    for name in ("Euler", "DDIM"):
+        pipe = schedulers.with_scheduler(sample.load_pipeline(), name)
+        clips.append(schedulers.MODELS["svd-sprites"].generate(pipe, 0, 6).astype(float))
+    assert np.abs(clips[0] - clips[1]).mean() < 1
+    real = sprites.render_clip(sample.heldout_clip(0)).transpose(0, 2, 3, 1)
+    assert psnr_db(clips[0], real) > 20
+
+
 @pytest.mark.slow
 def test_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablations, "BENCH", SMALL)
     monkeypatch.setattr(ablations, "VIDEO", Video(32, 32, 3, 2))
     some = {name: ablations.PARTS[name] for name in ("plain", "cache", "cache, swap, chunk, slice")}
     monkeypatch.setattr(ablations, "PARTS", some)
+    monkeypatch.setattr(ablations, "LEAST", "70%")
     out = tmp_path / "ablations.json"
     small = ["--steps", "3", "--rounds", "2", "--clips", "1", "--frames", "2", "4", "--intervals", "1", "2"]
     main = [*small, "--branches", "0", "--out", str(out), "--pictures", str(tmp_path)]
@@ -112,7 +127,7 @@ def test_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts["plain"]["speedup"] == {"median": 1.0, "min": 1.0, "max": 1.0, "count": 2}
     peaks = {name: max(way["peak_bytes"].values()) for name, way in parts.items()}
     assert peaks["cache, swap, chunk, slice"] < peaks["plain"]
-    ablations.main(["frames", "settings", *main])
+    ablations.main(["frames", "settings", "schedulers", "--schedulers", "Euler", "Heun", *main])
     result = json.loads(out.read_text())
     assert result["parts"] == parts  # what was not asked for is kept
     plain = result["frames"]["plain"]
@@ -121,6 +136,11 @@ def test_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (one["identical"], one["flop_speedup"]) == (True, 1)
     assert two["psnr"] > 15
     assert two["flop_speedup"] > 1.2
+    assert set(result["schedulers"]) == {"svd-sprites", "latte-sprites"}
+    for of in result["schedulers"].values():
+        assert of["Euler"][0]["calls_per_step"] == 1
+        assert of["Heun"][0]["calls_per_step"] == (2 * 3 - 1) / 3
+        assert all(row["psnr"] > 10 for rows in of.values() for row in rows)
     page = out.with_suffix(".md").read_text()
     assert "| branch 0 | same, 1.00x | " in page
     assert "| cache, swap, chunk, slice | " in page
