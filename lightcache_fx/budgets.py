@@ -172,13 +172,14 @@ def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
     graphs = whole_graphs(capture, plan)
     largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
     for share in (1.0, 0.75):
-        few = int(share * (budget - plan.beside - plan.branches * plan.hoist.num_bytes - 2 * _weight_bytes(largest)))
+        always = plan.beside + plan.branches * (plan.hoist.num_bytes + plan.history_bytes)
+        few = int(share * (budget - always - 2 * _weight_bytes(largest)))
         if few > 0:
             yield {}.fromkeys(graphs, few).get
-    held = plan.weight_bytes + plan.branches * plan.hoist.num_bytes + plan.beside
+    held = plan.weight_bytes + plan.branches * (plan.hoist.num_bytes + plan.history_bytes) + plan.beside
 
     def beside_all(name: str) -> int:
-        return budget - held - plan.kept_bytes * (plan.branches - (name != "reuse"))
+        return budget - held - plan.slot_bytes * (plan.branches - (name != "reuse"))
 
     if beside_all("reuse") > 0:
         yield beside_all
@@ -330,7 +331,8 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     movable = {name for program in programs.values() for name in program.movables}
     repeated = capture.layout.is_repeated
     branches = plan.branches
-    held = branches * plan.hoist.num_bytes + sum(size for name, size in weights.items() if name not in movable)
+    held = branches * (plan.hoist.num_bytes + plan.history_bytes)
+    held += sum(size for name, size in weights.items() if name not in movable)
     slots = plan.cut.slots if plan.cut is not None else ()
     held += branches * sum(slot.num_bytes for slot in slots if slot.name in fixed) + plan.beside
     steps = plan.period if repeated else ("full",)

@@ -18,7 +18,9 @@ from lightcache_fx.policy import Rate
 
 _UNBOUNDED = 2**40
 
-InputKind = Literal["weight", "constant", "user", "slot", "hoisted", "copy", "home", "next"]
+InputKind = Literal[
+    "weight", "constant", "user", "slot", "history", "coefficients", "hoisted", "copy", "home", "next"
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class GraphInput:
 
     Attributes:
         kind: a weight (parameter or buffer), a tensor constant of the capture, a tensor of the call, a cached value of
-            an earlier step, a value computed once a generation, the device's copy of a weight or slot that is kept
+            an earlier step, the value that a slot had before, what weighs those, a value computed once a generation, the device's copy of a weight or slot that is kept
             elsewhere, whose memory the program frees, the buffer that a slot is sent away to, or a weight of the model
             that runs next.
         name: full weight name, argument name, slot name or hoisted value's name.

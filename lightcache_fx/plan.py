@@ -76,9 +76,24 @@ class Plan:
         return ("full", *["reuse"] * (self.schedule.longest_interval(longest) - 1))
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes held between steps because of caching: exactly the cut's."""
+    def order(self) -> int:
+        """Of the Taylor expansion that reuse steps read slots by."""
+        return self.policy.cache.order if self.policy.cache is not None else 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of what a full step keeps: exactly the cut's."""
         return self.cut.kept_bytes if self.cut is not None else 0
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes of what earlier full steps kept, where slots are extrapolated; it stays on the device."""
+        return self.order * self.slot_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes held between steps because of caching."""
+        return self.slot_bytes + self.history_bytes
 
     def reuse_flops(self) -> int:
         """FLOPs of a reuse step; those of a full step where nothing is cached."""
@@ -100,7 +115,7 @@ class Plan:
             "hoisted": {"values": len(self.hoist.values), "bytes": self.hoist.num_bytes, "flops": self.hoist.flops},
             "full": {"flops": self.full_flops, "weight_bytes": self.weight_bytes},
             "reuse": None if cut is None else {"flops": cut.reuse_flops, "weight_bytes": cut.reuse_weight_bytes},
-            "cut": None if cut is None else {"label": cut.label, "kept_bytes": cut.kept_bytes, "slots": len(cut.slots)},
+            "cut": None if cut is None else {"label": cut.label, "kept_bytes": self.kept_bytes, "slots": len(cut.slots)},
             "chunks": {name: _chunk_facts(chunk) for name, chunk in self.chunks.items()},
             "swap": None if self.swap is None else {"steps": list(self.swap.names), **self.swap.plan.as_dict()},
             "notes": list(self.notes),
@@ -115,6 +130,7 @@ class Plan:
             held = f"{format_bytes(self.hoist.num_bytes)} in {len(self.hoist.values)} hoisted values"
             programs.add_row("prologue (once a run)", *_work(self.hoist.flops, self.full_flops), "", held)
         kept = f"{format_bytes(self.kept_bytes)} in {len(self.cut.slots)} slots" if self.cut else ""
+        kept += f", extrapolated by order {self.order}" if self.order else ""
         programs.add_row("full", *_work(self.full_flops, self.full_flops), format_bytes(self.weight_bytes), kept)
         if self.cut is not None:
             programs.add_row(

@@ -19,6 +19,7 @@ import pydantic
 import yaml
 
 from lightcache_fx.errors import PolicyError, nearest
+from lightcache_fx.extrapolation import MAX_ORDER
 
 Rate = Literal["const", "run", "step", "latent"]
 """How often a value can change: never, once a generation, once a denoising step, or with the latent itself."""
@@ -99,6 +100,8 @@ class Cache(_Settings):
         interval: every `interval`-th step is full, counted from the first; 1 makes every step full.
         steps: the indices of the full steps, instead of an interval.
         mask: one boolean a step, true for full, instead of an interval; its length must be the number of steps.
+        order: of the Taylor expansion by which a reuse step continues what the kept values did at the last full steps
+            (TaylorSeer, Liu et al. 2025): 0 repeats the last value, and each order above keeps one more.
         first: so many first steps are always full (at least one: there is nothing to reuse before it).
         last: so many last steps are always full; needs the number of steps, from `num_steps` or from the pipeline.
         num_steps: the number of denoiser evaluations of a run, where no pipeline tells it.
@@ -108,6 +111,7 @@ class Cache(_Settings):
     interval: Annotated[int, pydantic.Field(ge=1)] | None = None
     steps: list[StepIndex] | None = None
     mask: list[bool] | None = None
+    order: Annotated[int, pydantic.Field(ge=0, le=MAX_ORDER)] = 0
     first: Annotated[int, pydantic.Field(ge=1)] = 1
     last: Annotated[int, pydantic.Field(ge=0)] = 0
     num_steps: Annotated[int, pydantic.Field(ge=1)] | None = None

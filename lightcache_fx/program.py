@@ -15,6 +15,7 @@ from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.capture import Capture
 from lightcache_fx.chunk_planner import ChunkPlan
 from lightcache_fx.cuts import Slot
+from lightcache_fx.extrapolation import as_tensor, slot_and_age
 from lightcache_fx.flops import total_flops
 from lightcache_fx.graphs import (
     GraphInput,
@@ -30,6 +31,7 @@ from lightcache_fx.lowering import CompileState, has_cuda_graphs, lower
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.packages import Packages
 from lightcache_fx.passes.base import Pass, run_passes
+from lightcache_fx.passes.extrapolate import extrapolate
 from lightcache_fx.passes.insert_transfers import Transfers, insert_transfers
 from lightcache_fx.passes.read_cache import read_cache
 from lightcache_fx.passes.remove_dead_code import remove_dead_code
@@ -200,7 +202,12 @@ def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, P
         "full": [split, ("write_cache", partial(write_cache, slots=slots)), *clean]
     }
     if slots:
-        pipelines["reuse"] = [split, ("read_cache", partial(read_cache, slots=slots)), *clean]
+        pipelines["reuse"] = [
+            split,
+            ("read_cache", partial(read_cache, slots=slots)),
+            ("extrapolate", partial(extrapolate, slots=slots, order=plan.order)),
+            *clean,
+        ]
     return pipelines
 
 
@@ -247,6 +254,7 @@ class Moment:
         peers: what the guidance branches of its step keep, by their places in the step.
         calls_left: how many calls of the model follow in the run, where that is known.
         is_last_step: whether its branch is known not to be called again.
+        coefficients: of extrapolated slots, as `extrapolation.coefficients` gives them.
         following: the program that is expected to run next, of another model.
         handed: takes the copies that are fetched for it.
     """
@@ -254,6 +262,7 @@ class Moment:
     peers: Sequence[Stores] = ()
     calls_left: int | None = None
     is_last_step: bool = False
+    coefficients: Sequence[float] = ()
     following: BoundProgram | None = None
     handed: Copies | None = None
 
@@ -462,6 +471,10 @@ class BoundProgram:
                 found: torch.Tensor = tensors[key]
             case "slot":
                 found = stores.slot_on_device(key, like.device)
+            case "history":
+                found = stores.older(*slot_and_age(key), like.device)
+            case "coefficients":
+                found = as_tensor(moment.coefficients, like.device)
             case "hoisted":
                 found = stores.hoisted[key]
             case _:

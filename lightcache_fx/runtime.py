@@ -23,6 +23,7 @@ from lightcache_fx.compiled import Compiled, LastCall, Signature
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
+from lightcache_fx.extrapolation import coefficients
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.handover import plan_hand_over
 from lightcache_fx.homes import Homes, Tier
@@ -412,7 +413,8 @@ class Runtime:
         index = self._call_of_period(compiled, position, num_steps, place)
         is_full = index < compiled.plan.branches
         if is_full:
-            branch.stores.forget_slots()  # a full step needs none of the old values, so they make room for its own
+            in_place = compiled.bound["full"].slot_buffers is not None
+            branch.stores.begin_full(position.step, compiled.plan.order, self.homes.device, copy=in_place)
         if swap is not None:
             for member, places in zip(members, swap.slot_places[index], strict=False):
                 for slot, there in places.items():
@@ -424,6 +426,8 @@ class Runtime:
         if num_steps is not None:
             count, steps_left = compiled.plan.branches, max(0, num_steps - 1 - position.step)
             moment = replace(moment, calls_left=(steps_left + 1) * count - 1 - place, is_last_step=not steps_left)
+        if not is_full and (order := compiled.plan.order):
+            moment = replace(moment, coefficients=coefficients(branch.stores.full_steps, position.step, order))
         kind = "full" if is_full else "reuse"
         name, moment = self._handing_over(compiled, index, kind, moment)
         tensors = self._timed(compiled, name, call, position, moment)

@@ -84,6 +84,8 @@ class Stores:
         hoisted: values computed once a generation.
         weight_copies: the device's copies of weights that are kept elsewhere.
         slot_copies: the device's copies of slots, or slots that never leave it between two programs.
+        history: by slot, the values that it had at full steps before, newest first; on the device.
+        full_steps: the indices of the full steps that slots and their history are of, newest first.
         buffer: makes room of so many bytes for a slot, where it is kept.
     """
 
@@ -92,6 +94,8 @@ class Stores:
     hoisted: Mapping[str, torch.Tensor] = field(default_factory=dict)
     weight_copies: Copies = field(default_factory=Copies)
     slot_copies: Copies = field(default_factory=Copies)
+    history: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    full_steps: tuple[int, ...] = ()
     buffer: Callable[[int], torch.Tensor] | None = None
 
     def __contains__(self, slot: object) -> bool:
@@ -141,10 +145,30 @@ class Stores:
     def slot_bytes(self) -> int:
         """Bytes of all slots, each counted once, wherever it is."""
         passed_on = {name: copy for name, (copy, _) in self.slot_copies.held.items()}
-        return sum(slot.untyped_storage().nbytes() for slot in {**passed_on, **self.slots}.values())
+        older = [value for values in self.history.values() for value in values]
+        return sum(slot.untyped_storage().nbytes() for slot in (*{**passed_on, **self.slots}.values(), *older))
 
-    def forget_slots(self) -> None:
-        """Free all slots, wherever they are."""
+    def begin_full(self, step: int, order: int, device: torch.device, *, copy: bool = False) -> None:
+        """Make room for what a full step makes: slots become the newest of their history, of which `order` values stay.
+
+        Args:
+            step: its index.
+            order: of the expansion; 0 keeps no history, and whatever is kept is freed.
+            device: where history is.
+            copy: whether the full step writes slots to where they are now.
+        """
+        self.full_steps = (step, *self.full_steps)[: order + 1]
+        if order:
+            for name in {*self.slots, *self.slot_copies.held}:
+                older = self.history.get(name, [])
+                del older[order - 1 :]  # before a slot that is away comes back
+                value = self.slot_on_device(name, device)
+                self.history[name] = [value.clone() if copy else value, *older]
         self.slots.clear()
         self.at_home.clear()
         self.slot_copies.drop()
+
+    def older(self, slot: str, age: int, device: torch.device) -> torch.Tensor:
+        """The value that a slot had so many full steps before; the oldest one known where there were not so many."""
+        values = self.history.get(slot, [])[:age]
+        return values[-1] if values else self.slot_on_device(slot, device)

@@ -1,0 +1,84 @@
+"""Feature caching by extrapolation: a reuse step continues what the cut's values did at the last full steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+
+from lightcache_fx.cuts import Slot
+from lightcache_fx.extrapolation import COEFFICIENTS, num_coefficients, older_name
+from lightcache_fx.graphs import GraphInput, input_of, placeholders
+from lightcache_fx.passes.base import PassResult
+
+aten = torch.ops.aten
+
+
+def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassResult:
+    """Read from each slot its Taylor expansion about the last full step instead (TaylorSeer, Liu et al. 2025).
+
+        %y = aten.mul.Tensor(%slot_0, %g)    ->   %d = aten.sub.Tensor(%slot_0, %slot_0_before_1)
+                                                  %f = aten.div.Tensor(%d, %gap)
+                                                  %s = aten.mul.Tensor(%f, %ahead)
+                                                  %p = aten.add.Tensor(%slot_0, %s)
+                                                  %y = aten.mul.Tensor(%p, %g)
+
+    Derivatives are divided differences of the slot's values at the last `order + 1` full steps, each by the number of steps
+    between the two newest of its values; gaps and weights are elements of the one input `coefficients`, so that one
+    program serves steps of any distance.
+
+    Tier: approximate by design; bitwise with respect to the same sums over the values kept. Apply after `read_cache`.
+    Invariant: the new inputs come last; the outputs are the model's own.
+    """
+    by_slot = {input_of(node).name: node for node in placeholders(graph) if input_of(node).kind == "slot"}
+    read = [by_slot[slot.name] for slot in slots if slot.name in by_slot]
+    if not order or not read:
+        return PassResult(graph, False)
+    last_input = placeholders(graph)[-1]
+
+    def add_input(given: GraphInput, value: torch.Tensor) -> fx.Node:
+        nonlocal last_input
+        with graph.inserting_after(last_input):
+            last_input = graph.placeholder(given.name)
+        last_input.meta = {"val": value, "lightcache_input": given}
+        return last_input
+
+    like = read[0].meta["val"]
+    coefficients = add_input(
+        GraphInput("coefficients", COEFFICIENTS, "step"),
+        like.new_empty(num_coefficients(order), dtype=torch.float32),
+    )
+    values = {
+        slot: [slot, *(add_input(_older(slot, age), torch.empty_like(slot.meta["val"])) for age in range(1, order + 1))]
+        for slot in read
+    }
+    point = last_input.next
+    with graph.inserting_before(point):
+        numbers = [_call(graph, aten.select.int, coefficients, 0, place) for place in range(num_coefficients(order))]
+    gaps, weights = numbers[:order], numbers[order:]
+    for slot, differences in values.items():
+        users = [user for user in slot.users if user.op != "placeholder"]
+        with graph.inserting_before(point):
+            total = slot
+            for weight in weights:
+                differences = [
+                    _call(graph, aten.div.Tensor, _call(graph, aten.sub.Tensor, newer, older), gap)
+                    for (newer, older), gap in zip(pairwise(differences), gaps, strict=False)
+                ]
+                total = _call(graph, aten.add.Tensor, total, _call(graph, aten.mul.Tensor, differences[0], weight))
+        for user in users:
+            user.replace_input_with(slot, total)
+    return PassResult(graph, True, {"slots": len(read), "order": order})
+
+
+def _older(slot: fx.Node, age: int) -> GraphInput:
+    return GraphInput("history", older_name(input_of(slot).name, age), "latent")
+
+
+def _call(graph: fx.Graph, target: torch._ops.OpOverload, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node

@@ -1,0 +1,216 @@
+"""Extrapolated slots against the recursion of the paper by forward hooks, and against the hook that diffusers has."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import lightcache_fx as lc
+from lightcache_fx.errors import PolicyError
+from lightcache_fx.extrapolation import coefficients
+from oracle import assert_bitwise, plain_step, tensors
+from zoo import ZOO, run_inputs
+
+MASK = [True, True, False, True, False, False, False, True, False, False]  # uneven, and reuse before history is there
+SHORT = [True, False, False, True, False]
+
+
+class Expansion:
+    """Of one value: its factors, each the divided difference of the factors below it at the last two full steps."""
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        self.factors: list[torch.Tensor] = []
+        self.last = -1
+
+    def update(self, value: torch.Tensor, step: int) -> None:
+        factors = [value.clone()]
+        for old in self.factors[: self.order]:
+            factors.append((factors[-1] - old) / (step - self.last))
+        self.factors, self.last = factors, step
+
+    def predict(self, step: int) -> torch.Tensor:
+        total = self.factors[0]
+        for j, factor in enumerate(self.factors[1:], start=1):
+            total = total + factor * ((step - self.last) ** j / math.factorial(j))
+        return total.clone()
+
+
+class TaylorOracle:
+    """Replaces what modules return by their expansions; of a residual range, the difference from `first` to `last`."""
+
+    def __init__(self, model: nn.Module, order: int, paths: Sequence[str], first: str | None = None) -> None:
+        self.model, self.order = model, order
+        self.modules = [model.get_submodule(path) for path in paths]
+        self.first = model.get_submodule(first) if first is not None else None
+        self.found: dict[tuple[int, int], Expansion] = {}
+        self.entered: dict[torch.Size, torch.Tensor] = {}
+
+    def step(self, full: bool, step: int, **inputs: Any) -> list[torch.Tensor]:
+        with ExitStack() as stack:
+            if self.first is not None:
+                stack.callback(self.first.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            for place, module in enumerate(self.modules):
+
+                def hook(module: nn.Module, args: Any, output: Any, place: int = place) -> Any:
+                    leaves, spec = pytree.tree_flatten(output)
+                    values = [self._value(place, i, leaf, full, step) for i, leaf in enumerate(leaves)]
+                    return pytree.tree_unflatten(values, spec)
+
+                stack.callback(module.register_forward_hook(hook).remove)
+            return plain_step(self.model, **inputs)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        streams = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.entered = {stream.shape: stream.clone() for stream in reversed(streams)}
+
+    def _value(self, place: int, index: int, value: Any, full: bool, step: int) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        expansion = self.found.setdefault((place, index), Expansion(self.order))
+        base = self.entered[value.shape] if self.first is not None else None
+        if full:
+            expansion.update(value if base is None else value - base, step)
+            return value
+        predicted = expansion.predict(step)
+        return predicted if base is None else base + predicted
+
+
+def check(model: nn.Module, oracle: TaylorOracle, policy: lc.Policy, make_inputs: Any, mask: list[bool]) -> Any:
+    fast = lc.transform(model, policy)
+    other = 0
+    for step, inputs in enumerate(run_inputs(make_inputs, 0, len(mask))):
+        expected = oracle.step(mask[step], step, **inputs)
+        other += not torch.equal(expected[0], plain_step(model, **inputs)[0])
+        assert_bitwise(plain_step(fast, **inputs), expected, f"step {step}")
+    assert other == mask.count(False)
+    return fast
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("name", "cut"), [("dit", "transformer_blocks.1"), ("sd", "up_blocks.3.attentions.1")])
+def test_values(name: str, cut: str, order: int) -> None:
+    model, make_inputs = ZOO[name].build()
+    policy = lc.Policy(cache=lc.Cache(cut=cut, mask=MASK, order=order))
+    fast = check(model, TaylorOracle(model, order, [cut]), policy, make_inputs, MASK)
+    plan = lc.inspect(fast).plan
+    assert plan.kept_bytes == (order + 1) * plan.cut.kept_bytes == lc.inspect(fast).kept_bytes
+
+
+@pytest.mark.parametrize(("name", "paths"), [
+    ("flux", ["transformer_blocks.1.attn", "single_transformer_blocks.0.attn"]),
+    ("svd", ["up_blocks.1.attentions.0", "up_blocks.2.attentions.1"]),
+])  # fmt: skip
+def test_many_modules(name: str, paths: list[str]) -> None:
+    model, make_inputs = ZOO[name].build()
+    policy = lc.Policy(cache=lc.Cache(cut=paths, mask=SHORT, order=2))
+    check(model, TaylorOracle(model, 2, paths), policy, make_inputs, SHORT)
+
+
+def test_residual() -> None:
+    model, make_inputs = ZOO["wan"].build()
+    policy = lc.Policy(cache=lc.Cache(cut=lc.Residual(first="blocks.1", last="blocks.2"), mask=MASK, order=2))
+    check(model, TaylorOracle(model, 2, ["blocks.2"], first="blocks.1"), policy, make_inputs, MASK)
+
+
+def test_bfloat16() -> None:
+    model, make_inputs = ZOO["dit"].build(torch.bfloat16)
+    policy = lc.Policy(cache=lc.Cache(cut="transformer_blocks.1", mask=SHORT, order=1))
+    check(model, TaylorOracle(model, 1, ["transformer_blocks.1"]), policy, make_inputs, SHORT)
+
+
+DIFFUSERS = {
+    "wan": ([r"blocks\.\d+\.attn1", r"blocks\.\d+\.attn2"], ["attn1", "attn2"]),
+    "cogvideox": ([r"transformer_blocks\.\d+\.attn1"], ["attn1"]),
+    "flux": ([r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"], ["attn"]),
+    "hunyuanvideo": ([r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"], ["attn"]),
+}
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_taylorseer_of_diffusers(name: str) -> None:
+    """The same modules, orders and full steps: every output is the same, to the bit."""
+    patterns, ends = DIFFUSERS[name]
+    model, make_inputs = ZOO[name].build()
+    hooked = copy.deepcopy(model)
+    hooked.enable_cache(
+        diffusers.TaylorSeerCacheConfig(
+            cache_interval=3,
+            disable_cache_before_step=3,
+            max_order=2,
+            taylor_factors_dtype=torch.float32,
+            cache_identifiers=patterns,
+        )
+    )
+    num_steps = 12
+    full = [step < 3 or (step - 4) % 3 == 0 for step in range(num_steps)]
+    paths = [
+        path
+        for path, _ in model.named_modules()
+        if path.split(".")[-1] in ends and path.split(".")[0].endswith("blocks") and path.count(".") == 2
+    ]
+    fast = lc.transform(model, lc.Policy(cache=lc.Cache(cut=paths, mask=full, order=2)))
+    for step, inputs in enumerate(run_inputs(make_inputs, 0, num_steps)):
+        with torch.no_grad(), hooked.cache_context("one"):
+            expected = tensors(hooked(**inputs))
+        assert_bitwise(plain_step(fast, **inputs), expected, f"step {step}")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"compile": lc.Compile(backend="aot_eager")},
+        {"chunk": lc.Chunk(budget="70%")},
+        {"swap": lc.Swap(budget="70%")},
+        {"chunk": lc.Chunk(budget="70%"), "swap": lc.Swap(), "compile": lc.Compile(backend="eager")},
+    ],
+    ids=["compile", "chunk", "swap", "all"],
+)
+def test_beside_the_other_passes(more: dict[str, Any]) -> None:
+    model, make_inputs = ZOO["sd"].build()
+    cut = "up_blocks.2"
+    steps = run_inputs(make_inputs, 0, 6)
+    mask = [True, False, True, False, False, True]
+    plain = lc.transform(model, lc.Policy(cache=lc.Cache(cut=cut, mask=mask, order=1)))
+    expected = [plain_step(plain, **inputs)[0] for inputs in steps]
+    fast = lc.transform(copy.deepcopy(model), lc.Policy(cache=lc.Cache(cut=cut, mask=mask, order=1), **more))
+    for step, inputs in enumerate(steps):
+        torch.testing.assert_close(plain_step(fast, **inputs)[0], expected[step], rtol=1e-4, atol=1e-4, msg=str(step))
+    if "chunk" not in more:
+        assert_bitwise([plain_step(fast, **inputs)[0] for inputs in steps], expected)
+    lc.restore(fast)
+
+
+def test_coefficients_by_hand() -> None:
+    assert coefficients([7], 9, 2) == (1, 1, 0, 0)
+    assert coefficients([7, 3], 9, 2) == (4, 1, 2, 0)
+    assert coefficients([7, 3, 1, 0], 9, 3) == (4, 2, 1, 2, 2, 8 / 6)
+    assert coefficients([7, 3, 1], 8, 2) == (4, 2, 1, 0.5)
+
+
+def test_two_runs_in_a_row_and_an_exception_between() -> None:
+    model, make_inputs = ZOO["dit"].build()
+    fast = lc.transform(model, lc.Policy(cache=lc.Cache(cut="transformer_blocks.1", mask=SHORT, order=2)))
+    steps = run_inputs(make_inputs, 0, len(SHORT))
+    first = [plain_step(fast, **inputs) for inputs in steps]
+    for inputs in run_inputs(make_inputs, 1, 4):
+        plain_step(fast, **inputs)
+    with pytest.raises(AttributeError):  # the model's own
+        plain_step(fast, **{**steps[0], "hidden_states": None})
+    for step, inputs in enumerate(steps):
+        assert_bitwise(plain_step(fast, **inputs), first[step], f"step {step}")
+
+
+@pytest.mark.parametrize("order", [-1, 4, 1.5])
+def test_bad_orders(order: Any) -> None:
+    with pytest.raises(PolicyError, match="order"):
+        lc.Cache(cut=0, interval=2, order=order)
