@@ -1,11 +1,11 @@
-"""What each part of `Policy.lightcache` does: alone, together, by interval, branch and scheduler, as videos grow longer.
+"""What each part of `Policy.lightcache` does: alone and together, by interval, branch, scheduler and number of frames.
 
     python -m benchmarks.ablations                    # all, about an hour on two cores
     python -m benchmarks.ablations parts frames
 
 `parts` and `frames` generate with the small system of Stable Video Diffusion's shape (random weights: time and memory
-alone), `settings` and `schedulers` with the trained small models (quality). Ways take turns; ratios are to the plain generation of the
-same round. Results go to results/ablations.json and .md, and the picture to docs/figures/.
+alone), `settings` and `schedulers` with the trained small models (quality). Ways take turns; ratios are to the plain
+generation of the same round. Results go to results/ablations.json and .md, and the picture to docs/figures/.
 """
 
 from __future__ import annotations

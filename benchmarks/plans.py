@@ -32,9 +32,9 @@ from benchmarks.common import (
     print_rows,
     write_json,
 )
+from lightcache_fx.caching import Cut
 from lightcache_fx.cli import presets
 from lightcache_fx.cuts import CutChoice
-from lightcache_fx.policy import Cut
 from lightcache_fx.units import format_bytes
 
 MEMORY_LIMIT = 2 * 10**9

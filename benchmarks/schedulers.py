@@ -1,7 +1,7 @@
 """Schedulers for the trained small models, which tell time by `log(sigma) / 4`, and what caching costs under each.
 
-A variance-preserving scheduler names its discrete training steps instead. Both scale their input alike and predict the same v,
-so the one time is all that has to be translated: an Euler step from either notation is the same step.
+A variance-preserving scheduler names its discrete training steps instead. Both scale their input alike and predict the
+same v, so the one time is all that has to be translated: an Euler step from either notation is the same step.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class DiscreteTimes(nn.Module):
         hidden_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The latent has the name that U-Nets or that transformers give it; times between two steps are interpolated."""
+        """The latent has either of the names that models give it; times between two steps are interpolated."""
         assert timestep is not None
         times = self.times
         at = timestep.to(torch.float32).clamp(0, len(times) - 1)

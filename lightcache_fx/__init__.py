@@ -6,13 +6,14 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 
 from lightcache_fx import errors
 from lightcache_fx.backend import backend
+from lightcache_fx.caching import Adaptive, Auto, Cache, Magnitude, Residual
 from lightcache_fx.loading import load
 from lightcache_fx.mapped import map_weights
 from lightcache_fx.module import decode_frames, plan, reset, transform
 from lightcache_fx.pipeline import restore, transform_pipeline
 from lightcache_fx.pipeline_plan import PipelinePlan, Stage, plan_pipeline
 from lightcache_fx.plan import Plan
-from lightcache_fx.policy import Auto, Cache, Chunk, Compile, Decode, Layers, Policy, Region, Residual, Swap
+from lightcache_fx.policy import Chunk, Compile, Decode, Layers, Policy, Region, Swap
 from lightcache_fx.printer import diff, format_graph, print_diff
 from lightcache_fx.recording import Recording, block_paths, record_kept
 from lightcache_fx.reports import PipelineReport, ProgramReport, Report, SignatureReport, inspect
@@ -21,12 +22,14 @@ from lightcache_fx.saving import save
 from lightcache_fx.version import __version__ as __version__
 
 __all__ = [
+    "Adaptive",
     "Auto",
     "Cache",
     "Chunk",
     "Compile",
     "Decode",
     "Layers",
+    "Magnitude",
     "PipelinePlan",
     "PipelineReport",
     "Plan",

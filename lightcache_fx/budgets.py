@@ -172,11 +172,11 @@ def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
     graphs = whole_graphs(capture, plan)
     largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
     for share in (1.0, 0.75):
-        always = plan.beside + plan.branches * (plan.hoist.num_bytes + plan.history_bytes)
+        always = plan.beside + plan.branches * plan.held_bytes + plan.handed_bytes
         few = int(share * (budget - always - 2 * _weight_bytes(largest)))
         if few > 0:
             yield {}.fromkeys(graphs, few).get
-    held = plan.weight_bytes + plan.branches * (plan.hoist.num_bytes + plan.history_bytes) + plan.beside
+    held = plan.weight_bytes + plan.branches * plan.held_bytes + plan.handed_bytes + plan.beside
 
     def beside_all(name: str) -> int:
         return budget - held - plan.slot_bytes * (plan.branches - (name != "reuse"))
@@ -324,6 +324,8 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     least, fixed = least_movable(plan.weight_bytes), set[str]()
     for graph in graphs.values():
         fixed |= fixed_inputs(graph, least=least, weights=swap.weights, features=swap.features)
+    if "probe" in graphs:  # which runs before it is known what comes
+        fixed |= {input_of(n).name for n in placeholders(graphs["probe"]) if _is_weight(n)}
     programs = {name: priced(name, graph, hardware.machine, fixed, cuda=cuda) for name, graph in graphs.items()}
     weights = {
         input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
@@ -331,7 +333,7 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     movable = {name for program in programs.values() for name in program.movables}
     repeated = capture.layout.is_repeated
     branches = plan.branches
-    held = branches * (plan.hoist.num_bytes + plan.history_bytes)
+    held = branches * plan.held_bytes + plan.handed_bytes
     held += sum(size for name, size in weights.items() if name not in movable)
     slots = plan.cut.slots if plan.cut is not None else ()
     held += branches * sum(slot.num_bytes for slot in slots if slot.name in fixed) + plan.beside

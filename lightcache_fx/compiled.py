@@ -45,8 +45,8 @@ class Signature:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that a branch keeps: slots, and hoisted values."""
-        return self.plan.kept_bytes + self.plan.hoist.num_bytes
+        """Bytes that a branch keeps: slots, hoisted values, and what steps decide and extrapolate by."""
+        return self.plan.slot_bytes + self.plan.held_bytes
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from lightcache_fx.caching import Auto, Cut, Residual
 from lightcache_fx.errors import CutError, nearest
 from lightcache_fx.flops import count_flops
 from lightcache_fx.graphs import ancestors, describe, input_of, is_view, num_bytes, outputs, placeholders
 from lightcache_fx.joins import find_joins
 from lightcache_fx.marks import MARK, Mark, marked_nodes
-from lightcache_fx.policy import Auto, Cut, Rate, Residual
+from lightcache_fx.policy import Rate
 from lightcache_fx.rates import changes_within_run, rates_of
 
 
@@ -266,11 +267,11 @@ def reuse_nodes(graph: fx.Graph, kept: Sequence[tuple[fx.Node, fx.Node | None]])
     return found
 
 
-def check_path(module: nn.Module, path: str) -> None:
+def check_path(module: nn.Module, path: str, argument: str = "cut") -> None:
     """Raise a `CutError` with the nearest names where `path` is no submodule."""
     known = [name for name, _ in module.named_modules() if name]
     if path not in known:
-        raise CutError(f"cut={path!r}: {type(module).__name__} has no such module{nearest(path, known)}")
+        raise CutError(f"{argument}={path!r}: {type(module).__name__} has no such module{nearest(path, known)}")
 
 
 def paths_to_mark(cut: Cut, module: nn.Module) -> list[str]:

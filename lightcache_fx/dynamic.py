@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import sympy
 from torch import fx, nn
 
+from lightcache_fx.caching import Auto
 from lightcache_fx.calls import Call, CallLayout
 from lightcache_fx.capture import Capture, capture, check_at_another_size, explain_failure
 from lightcache_fx.compiled import Compiled, Signature
@@ -23,7 +24,7 @@ from lightcache_fx.graphs import expression, module_path, tensors_of
 from lightcache_fx.lowering import WITH_CUDA_GRAPHS
 from lightcache_fx.module_state import ModuleState
 from lightcache_fx.plan import Plan, make_plan
-from lightcache_fx.policy import Auto, Policy
+from lightcache_fx.policy import Policy
 from lightcache_fx.program import build_programs
 from lightcache_fx.resizing import resized, with_numbers
 from lightcache_fx.sizes import SMALLEST, Sizes, Values, at, differences, pattern_of
@@ -41,7 +42,8 @@ def may_be_dynamic(policy: Policy, method: str) -> bool:
         policy.chunk is not None or policy.is_about_memory() or (policy.decode is not None and method != "forward")
     )
     with_graphs = policy.compile is not None and policy.compile.mode in WITH_CUDA_GRAPHS
-    return policy.dynamic is not False and not in_bytes and not with_graphs
+    decides = policy.cache is not None and policy.cache.adaptive is not None
+    return policy.dynamic is not False and not in_bytes and not with_graphs and not decides
 
 
 @dataclass(eq=False)

@@ -4,14 +4,15 @@ The derivatives of order j at full step n are divided differences, as in TaylorS
 
     F0[n] = value            Fj[n] = (Fj-1[n] - Fj-1[n - 1]) / (step[n] - step[n - 1])
 
-and `k` steps behind it the value is taken for the sum of `Fj[n] * k**j / j!`. Only values are kept, the newest in the slot
-and older ones as its history; the differences are taken anew at each reuse step, so that full steps read nothing.
+and `k` steps behind it the value is taken for the sum of `Fj[n] * k**j / j!`. Only values are kept, the newest in the
+slot and older ones as its history; the differences are taken anew at each reuse step, so that full steps read nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +48,7 @@ def coefficients(full_steps: Sequence[int], step: int, order: int) -> tuple[floa
         `order` gaps and `order` weights.
     """
     known = min(order, len(full_steps) - 1)
-    gaps = [float(newer - older) for newer, older in zip(full_steps, full_steps[1:], strict=False)][:known]
+    gaps = [float(newer - older) for newer, older in pairwise(full_steps)][:known]
     ahead = step - full_steps[0]
     weights = [ahead**j / math.factorial(j) for j in range(1, known + 1)]
     rest = order - known

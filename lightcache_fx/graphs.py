@@ -19,8 +19,9 @@ from lightcache_fx.policy import Rate
 _UNBOUNDED = 2**40
 
 InputKind = Literal[
-    "weight", "constant", "user", "slot", "history", "coefficients", "hoisted", "copy", "home", "next"
-]
+    "weight", "constant", "user", "slot", "history", "coefficients", "hoisted", "handed", "indicator", "copy", "home",
+    "next",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class GraphInput:
 
     Attributes:
         kind: a weight (parameter or buffer), a tensor constant of the capture, a tensor of the call, a cached value of
-            an earlier step, the value that a slot had before, what weighs those, a value computed once a generation, the device's copy of a weight or slot that is kept
-            elsewhere, whose memory the program frees, the buffer that a slot is sent away to, or a weight of the model
+            an earlier step (`slot`), the value that a slot had before (`history`), what weighs those (`coefficients`),
+            a value computed once a generation (`hoisted`), one that the step's probe hands over (`handed`), what an
+            adaptive step compares with (`indicator`), the device's copy of a weight or slot that is kept elsewhere,
+            whose memory the program frees, the buffer that a slot is sent away to (`home`), or a weight of the model
             that runs next.
         name: full weight name, argument name, slot name or hoisted value's name.
         rate: how often it can change.
@@ -147,6 +150,11 @@ def storage_root(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and (is_view(node) or is_mark(node)) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def owns_its_storage(node: fx.Node) -> bool:
+    """Whether a value is a call's own result: no view of anything, and no input."""
+    return node.op != "placeholder" and storage_root(node) is node
 
 
 def alias_root(node: fx.Node) -> fx.Node:

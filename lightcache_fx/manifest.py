@@ -29,6 +29,7 @@ from lightcache_fx.hoisting import HoistPlan
 from lightcache_fx.in_place import Overwrite
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Policy
+from lightcache_fx.probing import ProbePlan
 from lightcache_fx.program import Program
 from lightcache_fx.runs import MAX_BRANCHES
 from lightcache_fx.schedule import Schedule
@@ -345,13 +346,16 @@ class BodyRecord(Record):
     copied: tuple[bool, ...]
 
 
+SavedState = Literal["slot", "hoisted", "change", "indicator", "handed"]
+
+
 class ProgramRecord(Record):
     """A program, as `Program` has it."""
 
     file: FileName
     inputs: tuple[GraphInput, ...]
     num_outputs: Size
-    state: tuple[tuple[Literal["slot", "hoisted"], str], ...]
+    state: tuple[tuple[SavedState, str], ...]
     regions: dict[str, RegionRecord]
 
 
@@ -366,6 +370,7 @@ class PlanRecord(Record):
     notes: tuple[str, ...]
     chunks: dict[str, ChunkPlan]
     branches: Annotated[int, pydantic.Field(ge=1, le=MAX_BRANCHES)]
+    probe: ProbePlan | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> PlanRecord:
@@ -379,6 +384,7 @@ class PlanRecord(Record):
             notes=plan.notes,
             chunks=dict(plan.chunks),
             branches=plan.branches,
+            probe=plan.probe,
         )
 
     def plan(self, model: str, policy: Policy) -> Plan:
@@ -395,6 +401,7 @@ class PlanRecord(Record):
             notes=self.notes,
             chunks=self.chunks,
             branches=self.branches,
+            probe=self.probe,
         )
 
 
@@ -415,12 +422,12 @@ class SignatureRecord(Record):
     output: OutputRecord
     route: str
     plan: PlanRecord
-    programs: dict[Literal["prologue", "full", "reuse"], ProgramRecord]
+    programs: dict[Literal["prologue", "probe", "full", "reuse"], ProgramRecord]
 
 
-def state_of(program: Program) -> tuple[tuple[Literal["slot", "hoisted"], str], ...]:
+def state_of(program: Program) -> tuple[tuple[SavedState, str], ...]:
     """What a program that swaps nothing returns beside its outputs."""
-    return tuple((kind, name) for kind, name in program.state if kind == "slot" or kind == "hoisted")
+    return tuple((kind, name) for kind, name in program.state if kind != "copy" and kind != "next")
 
 
 def signature_file(number: int) -> str:

@@ -17,6 +17,7 @@ from lightcache_fx.graphs import copy_graph
 from lightcache_fx.hoisting import HoistPlan, plan_hoisting
 from lightcache_fx.passes.split_run_invariants import split_run_invariants
 from lightcache_fx.policy import Policy
+from lightcache_fx.probing import ProbePlan, plan_probe
 from lightcache_fx.schedule import Schedule
 from lightcache_fx.units import format_bytes
 
@@ -50,6 +51,7 @@ class Plan:
         swap: what is copied when, where the policy asks for swapping or has a budget that needs it.
         branches: how many calls a step has, one for each branch of guidance: budgets count the slots and hoisted values
             of all of them.
+        probe: where a step is split behind what it decides by, where the policy lets steps decide.
         beside: bytes that calls of other signatures in a step (a prompt of another length) keep on the device.
     """
 
@@ -66,6 +68,7 @@ class Plan:
     swap: SwapSchedule | None = None
     branches: int = 1
     beside: int = 0
+    probe: ProbePlan | None = None
 
     @property
     def period(self) -> tuple[str, ...]:
@@ -91,9 +94,20 @@ class Plan:
         return self.order * self.slot_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes that each guidance branch keeps on the device all the time: all but the slots."""
+        return self.hoist.num_bytes + self.kept_bytes - self.slot_bytes
+
+    @property
+    def handed_bytes(self) -> int:
+        """Bytes that the probe of a step hands over to its rest."""
+        return self.probe.handed_bytes if self.probe is not None else 0
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes held between steps because of caching."""
-        return self.slot_bytes + self.history_bytes
+        indicator = self.probe.indicator_bytes if self.probe is not None else 0
+        return self.slot_bytes + self.history_bytes + indicator
 
     def reuse_flops(self) -> int:
         """FLOPs of a reuse step; those of a full step where nothing is cached."""
@@ -115,7 +129,9 @@ class Plan:
             "hoisted": {"values": len(self.hoist.values), "bytes": self.hoist.num_bytes, "flops": self.hoist.flops},
             "full": {"flops": self.full_flops, "weight_bytes": self.weight_bytes},
             "reuse": None if cut is None else {"flops": cut.reuse_flops, "weight_bytes": cut.reuse_weight_bytes},
-            "cut": None if cut is None else {"label": cut.label, "kept_bytes": self.kept_bytes, "slots": len(cut.slots)},
+            "cut": None
+            if cut is None
+            else {"label": cut.label, "kept_bytes": self.kept_bytes, "slots": len(cut.slots)},
             "chunks": {name: _chunk_facts(chunk) for name, chunk in self.chunks.items()},
             "swap": None if self.swap is None else {"steps": list(self.swap.names), **self.swap.plan.as_dict()},
             "notes": list(self.notes),
@@ -132,6 +148,9 @@ class Plan:
         kept = f"{format_bytes(self.kept_bytes)} in {len(self.cut.slots)} slots" if self.cut else ""
         kept += f", extrapolated by order {self.order}" if self.order else ""
         programs.add_row("full", *_work(self.full_flops, self.full_flops), format_bytes(self.weight_bytes), kept)
+        if self.probe is not None:
+            decides = f"{format_bytes(self.probe.indicator_bytes)} kept, {format_bytes(self.handed_bytes)} handed over"
+            programs.add_row(f"probe: {self.probe.label}", *_work(self.probe.flops, self.full_flops), "", decides)
         if self.cut is not None:
             programs.add_row(
                 f"reuse: {self.cut.label}",
@@ -247,6 +266,8 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
     split_run_invariants(step_graph, plan=hoist)
     step = GraphFacts(step_graph, capture.marks, known_flops={node.name: count for node, count in facts.flops.items()})
     choice, candidates = choose_cut(step, policy.cache.cut, module) if policy.cache is not None else (None, [])
+    adaptive = policy.cache.adaptive if policy.cache is not None else None
+    probe = plan_probe(step, adaptive, choice, module) if adaptive is not None and choice is not None else None
     notes = []
     if choice is not None and not choice.reads_latent and policy.cache is not None and policy.cache.interval != 1:
         notes.append(
@@ -267,5 +288,6 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
         full_flops=step.total_flops(),
         weight_bytes=step.weight_bytes(),
         notes=tuple(notes),
+        probe=probe,
         branches=(policy.calls_per_step or 1) if capture.layout.is_repeated else 1,
     )

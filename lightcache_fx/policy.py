@@ -13,160 +13,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
 
+from lightcache_fx.caching import Cache, cut_to_plain
 from lightcache_fx.errors import PolicyError, nearest
-from lightcache_fx.extrapolation import MAX_ORDER
+from lightcache_fx.settings import Budget, Bytes, Settings, read_as
 
 Rate = Literal["const", "run", "step", "latent"]
 """How often a value can change: never, once a generation, once a denoising step, or with the latent itself."""
 
-_CUTS = "expected a depth (0, 1, 2, ...), a module path or a list of them, Residual(first=..., last=...) or 'auto'"
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
-
-def parse_bytes(value: object) -> object:
-    """`"64MiB"`, `"1.5 GB"` or a whole number -> bytes; anything else comes back as it is, for pydantic to refuse."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"expected a number of bytes such as 1048576, '64MiB' or '1.5GB', got {value!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), pydantic.Field(gt=0)]
-
-
-def _read_budget(value: object) -> object:
-    """Bytes, or `"60%"` as it stands."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", value) if isinstance(value, str) else None
-    if match is None:
-        value = parse_bytes(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"expected bytes such as '1.5GiB', or a share of the peak such as '60%', got {value!r}")
-        return value
-    if not 0 < float(match[1]) <= 100:
-        raise ValueError(f"expected a share of the peak above 0% and up to 100%, got {value!r}")
-    return f"{match[1]}%"
-
-
-Budget = Annotated[int | str, pydantic.BeforeValidator(_read_budget)]
-"""Bytes, or a share of what is taken where nothing is cut."""
-StepIndex = Annotated[int, pydantic.Field(ge=0)]
-
-
-class _Settings(pydantic.BaseModel):
-    """Frozen settings that refuse unknown keys."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except pydantic.ValidationError as error:
-            raise PolicyError(_explain(type(self), error, data)) from None
-
-
-class Residual(_Settings):
-    """A range of blocks kept as a residual: `out - in` of the last full step is added to the new `in`.
-
-    For transformers, where replacing a block's output by an old one would discard the current latent. `first` and
-    `last` are module paths, both ends included.
-    """
-
-    first: str
-    last: str
-
-
-class Auto(_Settings):
-    """The cut with the fewest reuse FLOPs among those that keep at most `max_kept_bytes` (no limit when None)."""
-
-    max_kept_bytes: Bytes | None = None
-
-
-Cut = StepIndex | str | list[str] | Residual | Auto
-
-
-class Cache(_Settings):
-    """Which values are kept from step to step, and at which steps they are computed afresh.
-
-    Attributes:
-        cut: a depth on a U-Net's up path (DeepCache's branch id, Ma et al. 2023: 0 is the outermost skip connection), a
-            module path or several, a `Residual` range, `"auto"` or `Auto(...)`.
-        interval: every `interval`-th step is full, counted from the first; 1 makes every step full.
-        steps: the indices of the full steps, instead of an interval.
-        mask: one boolean a step, true for full, instead of an interval; its length must be the number of steps.
-        order: of the Taylor expansion by which a reuse step continues what the kept values did at the last full steps
-            (TaylorSeer, Liu et al. 2025): 0 repeats the last value, and each order above keeps one more.
-        first: so many first steps are always full (at least one: there is nothing to reuse before it).
-        last: so many last steps are always full; needs the number of steps, from `num_steps` or from the pipeline.
-        num_steps: the number of denoiser evaluations of a run, where no pipeline tells it.
-    """
-
-    cut: Annotated[Cut, pydantic.Field(union_mode="left_to_right")]
-    interval: Annotated[int, pydantic.Field(ge=1)] | None = None
-    steps: list[StepIndex] | None = None
-    mask: list[bool] | None = None
-    order: Annotated[int, pydantic.Field(ge=0, le=MAX_ORDER)] = 0
-    first: Annotated[int, pydantic.Field(ge=1)] = 1
-    last: Annotated[int, pydantic.Field(ge=0)] = 0
-    num_steps: Annotated[int, pydantic.Field(ge=1)] | None = None
-
-    @pydantic.field_validator("cut", mode="before")
-    @classmethod
-    def _read_cut(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError("expected a depth, module path(s), Residual or 'auto', got a bool")
-        if isinstance(value, list | tuple) and len(set(map(repr, value))) < len(value):
-            twice = next(path for path in value if list(value).count(path) > 1)
-            raise ValueError(f"names {twice!r} twice; name each module once")
-        if value == "auto":
-            return Auto()
-        if isinstance(value, str) and not value:
-            raise ValueError("an empty module path; to skip the whole model cut its last block instead, got ''")
-        if isinstance(value, tuple):
-            value = list(value)
-        if isinstance(value, list) and not value:
-            raise ValueError("an empty list of module paths; leave `cache` out for a lossless policy, got []")
-        if isinstance(value, Mapping):
-            return _cut_of_mapping(value)
-        return value
-
-    @pydantic.field_validator("steps", "mask", mode="before")
-    @classmethod
-    def _read_sequence(cls, value: object) -> object:
-        return list(value) if isinstance(value, tuple | range) else value
-
-    @pydantic.model_validator(mode="after")
-    def _one_schedule(self) -> Self:
-        given = [name for name in ("interval", "steps", "mask") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"expected exactly one of interval, steps, mask; got {' and '.join(given) or 'none'}")
-        if self.steps is not None and 0 not in self.steps:
-            raise ValueError(f"steps must begin with step 0, which has nothing to reuse; got {self.steps}")
-        if self.mask is not None and (not self.mask or not self.mask[0]):
-            raise ValueError("mask must begin with True: the first step has nothing to reuse")
-        if self.mask is not None and self.num_steps is not None and len(self.mask) != self.num_steps:
-            raise ValueError(f"mask has {len(self.mask)} entries for num_steps={self.num_steps}; give one entry a step")
-        if self.steps is not None and self.num_steps is not None and max(self.steps) >= self.num_steps:
-            raise ValueError(f"steps names step {max(self.steps)}, but num_steps={self.num_steps} (counted from 0)")
-        return self
-
-
-def _cut_of_mapping(value: Mapping[object, object]) -> object:
-    """The YAML spellings `{residual: {first, last}}` and `{auto: {max_kept_bytes}}`, beside the plain fields."""
-    if set(value) == {"residual"} and isinstance(inner := value["residual"], Mapping):
-        return Residual(**{str(key): item for key, item in inner.items()})
-    if set(value) == {"auto"} and isinstance(inner := value["auto"] or {}, Mapping):
-        return Auto(**{str(key): item for key, item in inner.items()})
-    raise ValueError(f"expected {{residual: {{first, last}}}} or {{auto: {{max_kept_bytes}}}}, got keys {list(value)}")
-
-
-class Region(_Settings):
+class Region(Settings):
     """One region that is cut as the user says: all calls of `module`, along dimension `axis` of what it returns.
 
     Attributes:
@@ -180,7 +40,7 @@ class Region(_Settings):
     size: Annotated[int, pydantic.Field(ge=1)]
 
 
-class Layers(_Settings):
+class Layers(Settings):
     """Every layer in a fixed number of chunks, whatever it takes: FME's way, with whole norms' statistics.
 
     A layer is the outermost module that can be cut so, or the modules inside of it where it cannot.
@@ -194,7 +54,7 @@ class Layers(_Settings):
     temporal: Annotated[int, pydantic.Field(ge=1)]
 
 
-class Chunk(_Settings):
+class Chunk(Settings):
     """Regions that run chunk by chunk, exactly: float rounding apart, results do not change.
 
     Attributes:
@@ -212,12 +72,12 @@ class Chunk(_Settings):
     @pydantic.field_validator("regions", mode="before")
     @classmethod
     def _read_regions(cls, value: object) -> object:
-        return [_read(Region, item) for item in value] if isinstance(value, list | tuple) else value
+        return [read_as(Region, item) for item in value] if isinstance(value, list | tuple) else value
 
     @pydantic.field_validator("layers", mode="before")
     @classmethod
     def _read_layers(cls, value: object) -> object:
-        return _read(Layers, value)
+        return read_as(Layers, value)
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> Self:
@@ -226,7 +86,7 @@ class Chunk(_Settings):
         return self
 
 
-class Decode(_Settings):
+class Decode(Settings):
     """How an autoencoder decodes (and encodes): as a loop over slices, exact unless asked otherwise.
 
     Attributes:
@@ -249,7 +109,7 @@ class Decode(_Settings):
         return self
 
 
-class Swap(_Settings):
+class Swap(Settings):
     """Weights and cached features that are on the device only when they are needed; results do not change by a bit.
 
     Attributes:
@@ -295,15 +155,7 @@ class Swap(_Settings):
         return self
 
 
-S = TypeVar("S", bound=_Settings)
-
-
-def _read(kind: type[S], value: object) -> object:
-    """A mapping as settings of its kind; anything else comes back as it is, for pydantic to judge."""
-    return kind(**{str(key): item for key, item in value.items()}) if isinstance(value, Mapping) else value
-
-
-class Compile(_Settings):
+class Compile(Settings):
     """Compile the programs of steps by a backend of `torch.compile`, each once for a size, or for sizes that vary.
 
     The prologue runs once a generation and is not compiled.
@@ -343,7 +195,7 @@ class Compile(_Settings):
         return self
 
 
-class Policy(_Settings):
+class Policy(Settings):
     """Everything the user asks of `transform`. `Policy()` is lossless: bitwise equal to the eager model.
 
     Attributes:
@@ -415,7 +267,7 @@ class Policy(_Settings):
         if value is not None and not isinstance(value, kind | Mapping):
             keys = ", ".join(kind.model_fields)
             raise ValueError(f"expected a {kind.__name__}, or a mapping with the keys {keys}, got {value!r}")
-        return _read(kind, value)
+        return read_as(kind, value)
 
     def runs_autoencoders(self) -> bool:
         """Whether anything is asked of the autoencoder of a pipeline."""
@@ -544,47 +396,8 @@ class Policy(_Settings):
         """The settings that differ from their defaults, as YAML text; also written to `path` when one is given."""
         data = self.model_dump(exclude_defaults=True, mode="python")
         if self.cache is not None:
-            data["cache"]["cut"] = _cut_to_plain(self.cache.cut)
+            data["cache"]["cut"] = cut_to_plain(self.cache.cut)
         text = yaml.safe_dump(data, sort_keys=False) if data else "{}\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
-
-
-def _cut_to_plain(cut: Cut) -> object:
-    match cut:
-        case Residual():
-            return {"residual": cut.model_dump()}
-        case Auto(max_kept_bytes=None):
-            return "auto"
-        case Auto():
-            return {"auto": cut.model_dump()}
-        case _:
-            return cut
-
-
-def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError, given: Mapping[str, object]) -> str:
-    """One line: each key, what was wrong, what came, and what is allowed."""
-    problems = error.errors()
-    if sum(problem["loc"][:1] == ("cut",) for problem in problems) > 1:  # one for each member of the union
-        lines = [f"cut: {_CUTS}, got {given['cut']!r}"]
-        problems = [problem for problem in problems if problem["loc"][:1] != ("cut",)]
-    else:
-        lines = []
-    for problem in problems:
-        key = ".".join(part for part in problem["loc"] if isinstance(part, str))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            allowed = list(model.model_fields)
-            lines.append(f"unknown key {key!r}{nearest(key, allowed) or ';'} allowed keys: {', '.join(allowed)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{key} is missing")
-        elif isinstance(problem.get("ctx", {}).get("error"), PolicyError):
-            lines.append(f"{key}: {message}")
-        elif key:
-            lines.append(
-                f"{key}: {message}" + ("" if problem["type"] == "value_error" else f", got {problem['input']!r}")
-            )
-        else:
-            lines.append(message)
-    return f"{model.__name__}: " + "; ".join(dict.fromkeys(lines))

@@ -36,6 +36,7 @@ from lightcache_fx.passes.insert_transfers import Transfers, insert_transfers
 from lightcache_fx.passes.read_cache import read_cache
 from lightcache_fx.passes.remove_dead_code import remove_dead_code
 from lightcache_fx.passes.remove_marks import remove_marks
+from lightcache_fx.passes.split_probe import INDICATOR, probe_of, split_probe
 from lightcache_fx.passes.split_run_invariants import prologue_of, split_run_invariants
 from lightcache_fx.passes.write_cache import write_cache
 from lightcache_fx.plan import Plan
@@ -44,13 +45,15 @@ from lightcache_fx.static_slots import SlotBuffers, writing_to_buffers
 from lightcache_fx.stores import SLOT, Copies, Stores, version_of
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, WAIT
 
+StateKind = Literal["slot", "copy", "hoisted", "next", "change", "indicator", "handed"]
+
 
 @dataclass(frozen=True)
 class Program:
     """One static program.
 
     Attributes:
-        name: `prologue`, `full` or `reuse`.
+        name: `prologue`, `probe`, `full` or `reuse`.
         graph_module: the graph; its placeholders carry `GraphInput` bindings.
         inputs: the bindings in order.
         num_outputs: how many of the returned tensors are the model's; the rest is state.
@@ -63,7 +66,7 @@ class Program:
     graph_module: fx.GraphModule
     inputs: tuple[GraphInput, ...]
     num_outputs: int
-    state: tuple[tuple[Literal["slot", "copy", "hoisted", "next"], str], ...] = ()
+    state: tuple[tuple[StateKind, str], ...] = ()
     transfers: Transfers = field(default_factory=Transfers)
 
     @property
@@ -174,6 +177,8 @@ def _variants(plan: Plan, name: str) -> Iterable[tuple[str, Transfers]]:
         return {name: Transfers()}.items()
     if name == "prologue":
         return {name: plan.swap.prologue}.items()
+    if name == "probe":
+        return {name: Transfers()}.items()
     steps = zip(plan.swap.variants, plan.swap.names, plan.swap.transfers, strict=True)
     return {variant: transfers for variant, base, transfers in steps if base == name}.items()
 
@@ -185,6 +190,11 @@ def whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
     if plan.hoist.values:
         graphs["prologue"] = prologue_of(capture.graph_module.graph, plan=plan.hoist)
         run_passes(graphs["prologue"], [("remove_marks", remove_marks)])
+    if plan.probe is not None:
+        graph, _ = copy_graph(capture.graph_module.graph)
+        split_run_invariants(graph, plan=plan.hoist)
+        graphs["probe"] = probe_of(graph, plan=plan.probe)
+        run_passes(graphs["probe"], [("remove_marks", remove_marks)])
     for name, passes in _pipelines(plan, slots).items():
         graphs[name], _ = copy_graph(capture.graph_module.graph)
         run_passes(graphs[name], passes, keeps_outputs=name != "full")
@@ -194,16 +204,19 @@ def whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
 def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, Pass]]]:
     """The passes of each program, in order."""
     split: tuple[str, Pass] = ("split_run_invariants", partial(split_run_invariants, plan=plan.hoist))
+    before = [split]
+    if plan.probe is not None:
+        before.append(("split_probe", partial(split_probe, plan=plan.probe)))
     clean: list[tuple[str, Pass]] = [
         ("remove_marks", remove_marks),  # last: slots are named after marked places
         ("remove_dead_code", remove_dead_code),
     ]
     pipelines: dict[str, list[tuple[str, Pass]]] = {
-        "full": [split, ("write_cache", partial(write_cache, slots=slots)), *clean]
+        "full": [*before, ("write_cache", partial(write_cache, slots=slots)), *clean]
     }
     if slots:
         pipelines["reuse"] = [
-            split,
+            *before,
             ("read_cache", partial(read_cache, slots=slots)),
             ("extrapolate", partial(extrapolate, slots=slots, order=plan.order)),
             *clean,
@@ -222,6 +235,10 @@ def _program(name: str, capture: Capture, graph: fx.Graph, transfers: Transfers,
     match name.partition("_")[0]:
         case "prologue":
             state = [("hoisted", value.node) for value in plan.hoist.values]
+        case "probe":
+            assert plan.probe is not None
+            handed = [("handed", value.node) for value in plan.probe.handed]
+            state = [("change", INDICATOR), ("indicator", INDICATOR), *handed]
         case "full":
             kept = {slot.name for slot in transfers.made if slot.handed_on and slot.release is None}
             state = [("copy" if slot in kept else "slot", slot) for slot in slots] + copies
@@ -394,6 +411,12 @@ class BoundProgram:
         for (kind, name), value in zip(self.program.state, state, strict=True):
             if kind == "hoisted":
                 stores.hoisted = {**stores.hoisted, name: value}
+            elif kind == "handed":
+                stores.handed[name] = value
+            elif kind == "change":
+                stores.change = value
+            elif kind == "indicator":
+                stores.newest = value
             elif kind == "slot":
                 if not (moment.is_last_step and name in self._only_for_later):
                     stores.put_slot(name, value, at_home=name in self._sent_away)
@@ -469,16 +492,10 @@ class BoundProgram:
                 return stores.buffer(like.numel())
             case "user":
                 found: torch.Tensor = tensors[key]
-            case "slot":
-                found = stores.slot_on_device(key, like.device)
-            case "history":
-                found = stores.older(*slot_and_age(key), like.device)
-            case "coefficients":
-                found = as_tensor(moment.coefficients, like.device)
-            case "hoisted":
-                found = stores.hoisted[key]
-            case _:
+            case "constant":
                 found = key
+            case _:
+                found = _state(kind, key, like, stores, moment)
         return found
 
     def weight(self, name: str) -> torch.Tensor:
@@ -515,6 +532,23 @@ def _value(node: fx.Node) -> torch.Tensor:
     """The fake tensor that a node stands for."""
     found: torch.Tensor = node.meta["val"]
     return found
+
+
+def _state(kind: str, key: str, like: torch.Tensor, stores: Stores, moment: Moment) -> torch.Tensor:
+    """What an earlier program has left on the device, or what it is weighed by."""
+    match kind:
+        case "slot":
+            return stores.slot_on_device(key, like.device)
+        case "history":
+            return stores.older(*slot_and_age(key), like.device)
+        case "coefficients":
+            return as_tensor(moment.coefficients, like.device)
+        case "handed":
+            return stores.handed[key]
+        case "indicator":
+            return stores.indicator_like(like)
+        case _:
+            return stores.hoisted[key]
 
 
 def _as_planned(following: BoundProgram | None, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightcache_fx.policy import Cache, Decode, Residual
+from lightcache_fx.caching import Cache, Residual
+from lightcache_fx.policy import Decode
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.compiled import Compiled, LastCall, Signature
-from lightcache_fx.cuts import paths_to_mark
+from lightcache_fx.cuts import check_path, paths_to_mark
 from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
 from lightcache_fx.extrapolation import coefficients
@@ -153,7 +153,19 @@ class Runtime:
 
     def _paths_to_mark(self) -> list[str]:
         """The submodules that a capture must be able to find."""
-        return paths_to_mark(self.policy.cache.cut, self.module) if self.policy.cache is not None else []
+        cache = self.policy.cache
+        if cache is None:
+            return []
+        paths = paths_to_mark(cache.cut, self.module)
+        if cache.adaptive is not None and cache.adaptive.indicator is not None:
+            check_path(self.module, cache.adaptive.indicator, "indicator")
+            paths = list(dict.fromkeys([*paths, cache.adaptive.indicator]))
+        return paths
+
+    @property
+    def _compares_steps(self) -> bool:
+        cache = self.policy.cache
+        return cache is not None and cache.adaptive is not None and cache.adaptive.since == "step"
 
     @property
     def tracker(self) -> RunTracker:
@@ -410,6 +422,8 @@ class Runtime:
         branch.stores.buffer = self.homes.buffer
         members = self._members(compiled)
         place = min(members.index(branch), compiled.plan.branches - 1) if branch in members else 0
+        if compiled.plan.probe is not None:
+            self._probe(call, compiled, position)
         index = self._call_of_period(compiled, position, num_steps, place)
         is_full = index < compiled.plan.branches
         if is_full:
@@ -419,8 +433,12 @@ class Runtime:
             for member, places in zip(members, swap.slot_places[index], strict=False):
                 for slot, there in places.items():
                     member.stores.arrange(slot, there)
-        if "prologue" in compiled.bound:
+        if "prologue" in compiled.bound and compiled.plan.probe is None:
             self._update_hoisted(call, compiled, position)
+        if is_full:
+            branch.decision.begin_full()
+        if compiled.plan.probe is not None:
+            branch.stores.keep_indicator(always=self._compares_steps, full=is_full)
         branch.since_full = 0 if is_full else branch.since_full + 1
         moment = Moment([member.stores for member in members])
         if num_steps is not None:
@@ -431,10 +449,29 @@ class Runtime:
         kind = "full" if is_full else "reuse"
         name, moment = self._handing_over(compiled, index, kind, moment)
         tensors = self._timed(compiled, name, call, position, moment)
+        branch.stores.handed.clear()
         self.counts[kind] += 1
         if self.observe is not None and is_full:
             self.observe(compiled, branch.stores, self._place_of(position, compiled))
         return compiled.capture.rebuild_output(tensors)
+
+    def _probe(self, call: Call, compiled: Compiled, position: Position) -> None:
+        """Compute what a step decides by, and what comes before it."""
+        if "prologue" in compiled.bound:
+            self._update_hoisted(call, compiled, position)
+        self._timed(compiled, "probe", call, position)
+        self.counts["probe"] += 1
+
+    def _decides_for_full(self, plan: Plan, position: Position) -> bool:
+        """Whether the indicator has changed too much."""
+        cache, branch = self.policy.cache, position.branch
+        assert cache is not None
+        assert cache.adaptive is not None
+        assert plan.probe is not None
+        assert branch.stores.change is not None
+        return branch.decision.is_full(
+            cache.adaptive, branch.stores.change, position.step, branch.since_full, plan.probe.label
+        )
 
     def _handing_over(self, compiled: Compiled, index: int, kind: str, moment: Moment) -> tuple[str, Moment]:
         """The program of a call and its moment; before another model's call it is one that fetches for that."""
@@ -495,6 +532,8 @@ class Runtime:
         """
         plan, branch = compiled.plan, position.branch
         if plan.cut is None or plan.schedule.is_full(position.step, num_steps) or not position.certain:
+            return place
+        if plan.probe is not None and self._decides_for_full(plan, position):
             return place
         step, name = 1, "reuse"
         if plan.swap is not None and len(plan.swap.names) > plan.branches:

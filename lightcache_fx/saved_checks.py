@@ -17,8 +17,10 @@ from lightcache_fx.axes import Axis
 from lightcache_fx.calls import CallLayout, InputLeaf
 from lightcache_fx.chunked import Chunk, ChunkedRegion, Slice
 from lightcache_fx.errors import LoadError
+from lightcache_fx.extrapolation import COEFFICIENTS, num_coefficients, older_name
 from lightcache_fx.graphs import calls, input_of, outputs, placeholders, schema_of
 from lightcache_fx.in_place import Overwrite, allocated_by
+from lightcache_fx.passes.split_probe import INDICATOR
 from lightcache_fx.plan import Plan
 from lightcache_fx.program import Program
 
@@ -53,26 +55,37 @@ def check_programs(
     """
     slots = [slot.name for slot in plan.cut.slots] if plan.cut is not None else []
     hoisted = [value.node for value in plan.hoist.values]
+    probe = plan.probe
     expected = {"full", *(["reuse"] if slots else []), *(["prologue"] if hoisted else [])}
+    expected |= {"probe"} if probe is not None else set()
     least = (plan.policy.calls_per_step or 1) if layout.is_repeated else 1
     learns = layout.is_repeated and plan.policy.memory_budget is not None
     if plan.branches < least or (plan.branches > least and not learns):
         raise LoadError(f"{file}: its plan is for {plan.branches} calls a step, unlike the policy's {least}")
     if (plan.cut is None) != (plan.policy.cache is None):
         raise LoadError(f"{file}: its plan has {'no' if plan.cut is None else 'a'} cut, unlike the policy")
+    if (probe is None) != (plan.policy.cache is None or plan.policy.cache.adaptive is None):
+        raise LoadError(f"{file}: its plan has {'no' if probe is None else 'a'} probe, unlike the policy")
     if set(programs) != expected:
         raise LoadError(f"{file}: its plan is of programs {sorted(expected)}, but it has {sorted(programs)}")
     for leaf in layout.leaves:
         if rate_of(leaf) != leaf.rate:
             raise LoadError(f"{file}: {leaf.name} has rate {leaf.rate} there, but {rate_of(leaf)} by the policy")
     states = {"full": [("slot", name) for name in slots], "prologue": [("hoisted", name) for name in hoisted]}
+    if probe is not None:
+        handed = [("handed", value.node) for value in probe.handed]
+        states["probe"] = [("change", INDICATOR), ("indicator", INDICATOR), *handed]
     known = dict(tensors)
     for leaf, type_ in zip(layout.leaves, layout.tensor_types, strict=True):
         known["user", leaf.name] = type_.shape, type_.dtype, type_.device
-    for name in ("prologue", "full", "reuse"):
+    for name in ("prologue", "probe", "full", "reuse"):
         if name in programs:
             program = programs[name]
-            state, num_outputs = states.get(name, []), 0 if name == "prologue" else num_tensors
+            state, num_outputs = states.get(name, []), 0 if name in ("prologue", "probe") else num_tensors
+            if name == "probe" and len(returned := _returned(program)) > 1:
+                known["indicator", INDICATOR] = type_of(returned[1].meta["val"])
+            if name == "reuse":
+                known |= _known_of_history(plan, known)
             if list(program.state) != state or program.num_outputs != num_outputs:
                 raise LoadError(
                     f"{file}: its plan's {name} program returns {num_outputs} tensors and {state}, but the program"
@@ -83,6 +96,17 @@ def check_programs(
               programs]  # fmt: skip
     if any(model != models[0] for model in models):
         raise LoadError(f"{file}: its full and reuse programs return tensors of different types")
+
+
+def _known_of_history(plan: Plan, known: Mapping[tuple[str, str], Type]) -> dict[tuple[str, str], Type]:
+    """What a reuse step reads beside the slots, where it extrapolates them."""
+    if not plan.order:
+        return {}
+    slots = {name: type_ for (kind, name), type_ in known.items() if kind == "slot"}
+    ages = range(1, plan.order + 1)
+    found = {("history", older_name(name, age)): type_ for name, type_ in slots.items() for age in ages}
+    device = next(iter(slots.values()))[2]
+    return {**found, ("coefficients", COEFFICIENTS): ((num_coefficients(plan.order),), torch.float32, device)}
 
 
 def without_memory(plan: Plan) -> Plan:

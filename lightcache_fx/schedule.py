@@ -5,22 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lightcache_fx.caching import Adaptive, Cache, Magnitude
 from lightcache_fx.errors import ScheduleError
-from lightcache_fx.policy import Cache
+from lightcache_fx.magnitudes import MagnitudeRule, full_steps
 
 _LOOK_AHEAD = 64
+
+
+def _rule(magnitude: Magnitude) -> MagnitudeRule:
+    return MagnitudeRule(tuple(magnitude.ratios), magnitude.threshold, magnitude.max_reuse, magnitude.retention)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Step index -> full or reuse. Step 0 is always full.
 
-    Attributes: as in `Cache`; without a cache every step is full.
+    Attributes: as in `Cache`; without a cache every step is full. Where steps decide for themselves (`adaptive`), those
+    are full here that are so whatever they would decide.
     """
 
     interval: int | None = 1
     steps: frozenset[int] | None = None
     mask: tuple[bool, ...] | None = None
+    magnitude: MagnitudeRule | None = None
+    adaptive: Adaptive | None = None
     first: int = 1
     last: int = 0
     num_steps: int | None = None
@@ -34,6 +42,8 @@ class Schedule:
             interval=cache.interval,
             steps=frozenset(cache.steps) if cache.steps is not None else None,
             mask=tuple(cache.mask) if cache.mask is not None else None,
+            magnitude=_rule(cache.magnitude) if cache.magnitude is not None else None,
+            adaptive=cache.adaptive,
             first=cache.first,
             last=cache.last,
             num_steps=cache.num_steps,
@@ -42,10 +52,11 @@ class Schedule:
     def check(self, num_steps: int | None) -> None:
         """Raise a `ScheduleError` where the schedule does not fit a run of `num_steps` steps (None: not known)."""
         total = num_steps or self.num_steps
-        if self.last and total is None:
+        if (self.last or self.magnitude is not None) and total is None:
+            given = f"last={self.last}" if self.last else "magnitude"
             raise ScheduleError(
-                f"last={self.last}: the number of steps is not known here; use transform_pipeline, which tells it, or"
-                f" give Cache(num_steps=...)"
+                f"{given}: the number of steps is not known here; use transform_pipeline, which tells it, or give"
+                f" Cache(num_steps=...)"
             )
         if self.num_steps is not None and num_steps is not None and self.num_steps != num_steps:
             raise ScheduleError(
@@ -79,12 +90,26 @@ class Schedule:
             return self.mask[step]
         if self.steps is not None:
             return step in self.steps
-        return step % (self.interval or 1) == 0
+        if self.magnitude is not None:
+            return self._by_magnitude(total)[step]
+        return self.adaptive is None and step % (self.interval or 1) == 0
+
+    def _by_magnitude(self, total: int | None) -> tuple[bool, ...]:
+        if total is None:
+            self.check(None)
+        assert total is not None
+        assert self.magnitude is not None
+        return full_steps(self.magnitude, total, self.first, self.last)
 
     def longest_interval(self, at_most: int) -> int:
         """The most steps from one full step to the next or to the run's end; `at_most` where that is not known."""
         if self.interval is not None:
             return min(self.interval, at_most)
+        most = self.adaptive.max_reuse if self.adaptive is not None else None
+        if self.magnitude is not None:
+            most = self.magnitude.max_reuse
+        if most is not None or self.adaptive is not None:
+            return at_most if most is None else min(most + 1, at_most)
         total = self.num_steps or (len(self.mask) if self.mask is not None else max(self.steps or ()) + at_most)
         full = [step for step in range(total) if self.is_full(step)]
         return min(max(b - a for a, b in pairwise([*full, total])), at_most)
@@ -92,6 +117,8 @@ class Schedule:
     def steps_to_full(self, step: int, num_steps: int | None = None) -> int | None:
         """How many steps after `step` the next full one is; None where the run ends before, or is not known to last."""
         total = num_steps or self.num_steps or (len(self.mask) if self.mask is not None else None)
+        if self.adaptive is not None:
+            return None
         last = total if total is not None else step + _LOOK_AHEAD
         return next((later - step for later in range(step + 1, last) if self.is_full(later, num_steps)), None)
 
@@ -101,6 +128,10 @@ class Schedule:
             text = f"full at {[i for i, full in enumerate(self.mask) if full]} of {len(self.mask)} steps"
         elif self.steps is not None:
             text = f"full at steps {sorted(self.steps)}"
+        elif self.magnitude is not None:
+            text = f"full where magnitudes have changed by {self.magnitude.threshold:g}"
+        elif self.adaptive is not None:
+            text = f"full where the indicator has changed by {self.adaptive.threshold:g}"
         else:
             text = "every step full" if self.interval == 1 else f"one step in {self.interval} full"
         edges = [f"first {self.first}"] if self.first > 1 else []

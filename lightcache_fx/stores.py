@@ -86,6 +86,10 @@ class Stores:
         slot_copies: the device's copies of slots, or slots that never leave it between two programs.
         history: by slot, the values that it had at full steps before, newest first; on the device.
         full_steps: the indices of the full steps that slots and their history are of, newest first.
+        handed: values that the step's probe hands over.
+        change: of the indicator, as the step's probe measured it; 0-dimensional.
+        newest: the indicator itself.
+        indicator: what the next probe compares with.
         buffer: makes room of so many bytes for a slot, where it is kept.
     """
 
@@ -96,6 +100,10 @@ class Stores:
     slot_copies: Copies = field(default_factory=Copies)
     history: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     full_steps: tuple[int, ...] = ()
+    handed: dict[str, torch.Tensor] = field(default_factory=dict)
+    change: torch.Tensor | None = None
+    newest: torch.Tensor | None = None
+    indicator: torch.Tensor | None = None
     buffer: Callable[[int], torch.Tensor] | None = None
 
     def __contains__(self, slot: object) -> bool:
@@ -143,9 +151,10 @@ class Stores:
             WAIT(value)  # as in `Copies`
 
     def slot_bytes(self) -> int:
-        """Bytes of all slots, each counted once, wherever it is."""
+        """Bytes of all slots and of what steps decide by, each counted once, wherever it is."""
         passed_on = {name: copy for name, (copy, _) in self.slot_copies.held.items()}
         older = [value for values in self.history.values() for value in values]
+        older += [value for value in (self.indicator, self.change) if value is not None]
         return sum(slot.untyped_storage().nbytes() for slot in (*{**passed_on, **self.slots}.values(), *older))
 
     def begin_full(self, step: int, order: int, device: torch.device, *, copy: bool = False) -> None:
@@ -167,6 +176,18 @@ class Stores:
         self.slots.clear()
         self.at_home.clear()
         self.slot_copies.drop()
+
+    def keep_indicator(self, *, always: bool, full: bool) -> None:
+        """What the next probe compares with is what this step's has found, where that is full or each is."""
+        if always or full:
+            self.indicator = self.newest
+        self.newest = None
+
+    def indicator_like(self, like: torch.Tensor) -> torch.Tensor:
+        """What a probe compares with; zeros before there is anything, when what it finds is not looked at."""
+        return (
+            torch.zeros(like.shape, dtype=like.dtype, device=like.device) if self.indicator is None else self.indicator
+        )
 
     def older(self, slot: str, age: int, device: torch.device) -> torch.Tensor:
         """The value that a slot had so many full steps before; the oldest one known where there were not so many."""

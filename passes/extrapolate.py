@@ -26,9 +26,9 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
                                                   %p = aten.add.Tensor(%slot_0, %s)
                                                   %y = aten.mul.Tensor(%p, %g)
 
-    Derivatives are divided differences of the slot's values at the last `order + 1` full steps, each by the number of steps
-    between the two newest of its values; gaps and weights are elements of the one input `coefficients`, so that one
-    program serves steps of any distance.
+    Derivatives are divided differences of the slot's values at the last `order + 1` full steps, each by the number of
+    steps between the two newest of its values; gaps and weights are elements of the one input `coefficients`, so that
+    one program serves steps of any distance.
 
     Tier: approximate by design; bitwise with respect to the same sums over the values kept. Apply after `read_cache`.
     Invariant: the new inputs come last; the outputs are the model's own.

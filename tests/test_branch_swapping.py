@@ -14,12 +14,13 @@ from torch import nn
 import lightcache_fx as lc
 from lightcache_fx import budgets
 from lightcache_fx import runtime as runtime_module
+from lightcache_fx.caching import Cache
 from lightcache_fx.compiled import Compiled
 from lightcache_fx.costs import CPU
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.measure import measure_peak
 from lightcache_fx.passes.insert_transfers import LocalStay, MadeSlot, Transfers
-from lightcache_fx.policy import Cache, Policy, Swap
+from lightcache_fx.policy import Policy, Swap
 from lightcache_fx.stores import SLOT, SlotPlace, Stores
 from lightcache_fx.swap_checks import validate
 from lightcache_fx.swap_transfers import places_of_slots, transfers_of

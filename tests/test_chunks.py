@@ -19,6 +19,7 @@ from axis_rules.vaes import VAES
 from graphs import Captured, captured
 from lightcache_fx import budgets
 from lightcache_fx.axes import Axis
+from lightcache_fx.caching import Cache, Residual
 from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, RegionError
 from lightcache_fx.graphs import copy_graph
@@ -27,7 +28,7 @@ from lightcache_fx.measure import measure_peak
 from lightcache_fx.module import capture_and_plan
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, chunked_copy, find_region
 from lightcache_fx.passes.split_group_norm import group_norms
-from lightcache_fx.policy import Cache, Chunk, Decode, Layers, Policy, Region, Residual, Swap
+from lightcache_fx.policy import Chunk, Decode, Layers, Policy, Region, Swap
 from lightcache_fx.program import build_programs, modules_of, whole_graphs
 from zoo import ZOO
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import lightcache_fx as lc
 from lightcache_fx.errors import PolicyError
 from lightcache_fx.extrapolation import coefficients
+from lightcache_fx.measure import measure_peak
 from oracle import assert_bitwise, plain_step, tensors
 from zoo import ZOO, run_inputs
 
@@ -214,3 +215,30 @@ def test_two_runs_in_a_row_and_an_exception_between() -> None:
 def test_bad_orders(order: Any) -> None:
     with pytest.raises(PolicyError, match="order"):
         lc.Cache(cut=0, interval=2, order=order)
+
+
+SCHEDULES = {"uneven": {"mask": MASK}, "adaptive": {"adaptive": lc.Adaptive(threshold=0.9, max_reuse=2)}}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_peak_is_as_planned(schedule: dict[str, Any]) -> None:
+    """With history, and with what steps decide by; allocation by allocation."""
+    model, make_inputs = ZOO["sd"].build()
+    policy = lc.Policy(cache=lc.Cache(cut="up_blocks.2", order=2, **schedule), swap=lc.Swap(budget="80%"))
+    fast = lc.transform(model, policy)
+    steps = run_inputs(make_inputs, 0, len(MASK))
+
+    def run() -> None:
+        with lc.marked_run(len(MASK)):
+            for inputs in steps:
+                plain_step(fast, **inputs)
+                lc.step_done()
+
+    run()
+    lc.reset(fast)
+    swap = lc.inspect(fast).plan.swap
+    fixed = sum(weight.nbytes for name, weight in model.named_parameters() if name not in swap.weights)
+    measured = measure_peak(run).peak_bytes + fixed
+    assert swap.plan.budget * 0.9 < measured <= swap.plan.peak_bytes
+    assert measured >= 0.95 * swap.plan.peak_bytes
+    lc.restore(fast)

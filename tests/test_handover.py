@@ -13,6 +13,7 @@ from torch import nn
 
 import lightcache_fx as lc
 from lightcache_fx import runtime
+from lightcache_fx.caching import Cache
 from lightcache_fx.compiled import LastCall
 from lightcache_fx.costs import CPU
 from lightcache_fx.handover import plan_hand_over, saved_seconds
@@ -20,7 +21,7 @@ from lightcache_fx.hardware import Hardware
 from lightcache_fx.ledger import Ledger
 from lightcache_fx.measure import measure_peak
 from lightcache_fx.passes.insert_transfers import LocalStay
-from lightcache_fx.policy import Cache, Policy, Swap
+from lightcache_fx.policy import Policy, Swap
 from lightcache_fx.runs import RunTracker
 from lightcache_fx.swap_transfers import transfers_of
 from lightcache_fx.transfers import PREFETCH, WAIT, recorded_copies

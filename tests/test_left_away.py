@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 import lightcache_fx as lc
 from lightcache_fx import capture as capture_module
 from lightcache_fx import placement, runtime, verify
+from lightcache_fx.caching import Cache
 from lightcache_fx.calls import CallReader
 from lightcache_fx.capture import Capture, capture
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError, SwapError
@@ -29,7 +30,7 @@ from lightcache_fx.ledger import Ledger
 from lightcache_fx.module import transform_component
 from lightcache_fx.module_state import weight_slots
 from lightcache_fx.placement import Placement
-from lightcache_fx.policy import Cache, Policy, Swap
+from lightcache_fx.policy import Policy, Swap
 from lightcache_fx.stand_ins import stand_ins
 from pipelines import PIPELINES
 from pretend_device import CPU, DEVICE, PretendDevice, pretended, to_device

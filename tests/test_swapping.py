@@ -14,12 +14,13 @@ from torch import fx, nn
 
 import lightcache_fx as lc
 from lightcache_fx import graphs, module_state, runtime, transfers
+from lightcache_fx.caching import Cache
 from lightcache_fx.capture import capture
 from lightcache_fx.costs import CPU
 from lightcache_fx.errors import ArgumentError, BudgetError, PolicyError, SwapError
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.measure import measure_peak
-from lightcache_fx.policy import Cache, Chunk, Policy, Swap
+from lightcache_fx.policy import Chunk, Policy, Swap
 from lightcache_fx.schedule import Schedule
 from lightcache_fx.swapping import SwapSchedule
 from lightcache_fx.transfers import copy_bytes, engine_of, recorded_copies

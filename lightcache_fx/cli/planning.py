@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from lightcache_fx.caching import Cache
 from lightcache_fx.cli.recipes import Inputs, Request, factor_of, read_input, resolve, stage_calls, step_inputs
 from lightcache_fx.cli.systems import Component, System, build, fake_models
 from lightcache_fx.costs import CPU, GPU_FLOAT, GPU_HALF
@@ -20,7 +21,7 @@ from lightcache_fx.hardware import PCIE, Hardware, measured_link
 from lightcache_fx.module import capture_and_plan, plan
 from lightcache_fx.pipeline_plan import PipelinePlan, Stage, plan_pipeline
 from lightcache_fx.plan import Plan
-from lightcache_fx.policy import Cache, Policy
+from lightcache_fx.policy import Policy
 from lightcache_fx.program import build_programs
 
 Kind = Literal["cpu", "cuda"]

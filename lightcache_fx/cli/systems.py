@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightcache_fx.caching import Cache
 from lightcache_fx.errors import ConfigError, MissingExtraError, nearest
-from lightcache_fx.policy import Cache
 
 DENOISERS = ("unet", "transformer")
 """What diffusers' pipelines call them."""
