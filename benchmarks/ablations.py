@@ -257,23 +257,30 @@ def _sizes(peaks: Mapping[str, int]) -> tuple[int, int]:
 def draw(result: Mapping[str, Any], folder: Path = FOLDER) -> None:
     """Time and peak of the parts, peaks by frames, and quality by setting, as far as there are results."""
     kinds = [kind for kind in KINDS if kind in result]
-    with written("ablations", folder, figsize=(5.2 * len(kinds), 4.2)) as figure:
-        panels = figure.subplots(1, len(kinds), squeeze=False)[0]
-        for axes, kind in zip(panels, kinds, strict=True):
+    columns = min(2, len(kinds))
+    rows = -(-len(kinds) // columns)
+    with written("ablations", folder, figsize=(5.6 * columns, 3.9 * rows)) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, kind in zip(panels, kinds, strict=False):
             _DRAWN[kind](axes, result[kind])
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="#e3e7ec", linewidth=0.8)
             axes.set_axisbelow(True)
+        for axes in list(panels)[len(kinds) :]:
+            axes.remove()
 
 
 def _draw_parts(axes: Axes, parts: Mapping[str, Any]) -> None:
-    for name, way in parts.items():
-        place = way["speedup"]["median"], max(way["peak_bytes"].values()) / 2**20
-        axes.plot(*place, "o", color="#7a8799" if name == "plain" else "#e0662f")
-        axes.annotate(name, place, xytext=(6, 5), textcoords="offset points", fontsize=8)
-    axes.set(title="parts", xlabel="times as fast as plain", ylabel="peak, MiB")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.25)
+    names = list(parts)
+    for offset, stage, colour in ((-0.2, "denoise", "#e0662f"), (0.2, "decode", "#7a8799")):
+        peaks = [parts[name]["peak_bytes"][stage] / 2**20 for name in names]
+        axes.barh([place + offset for place in range(len(names))], peaks, height=0.38, color=colour, label=stage)
+    axes.set_yticks(
+        range(len(names)), [f"{name}\n{parts[name]['speedup']['median']:.2f}x" for name in names], fontsize=8
+    )
+    axes.invert_yaxis()
+    axes.set(title="parts, and times as fast as plain", xlabel="peak, MiB")
+    axes.legend(frameon=False)
 
 
 def _draw_frames(axes: Axes, frames: Mapping[str, Any]) -> None:
@@ -297,15 +304,16 @@ def _draw_settings(axes: Axes, settings: Mapping[str, Any]) -> None:
 
 
 def _draw_schedulers(axes: Axes, schedulers: Mapping[str, Any]) -> None:
+    names = list(next(iter(schedulers.values())))
     for (model, by_name), colour in zip(schedulers.items(), ("#3b6fb5", "#e0662f"), strict=True):
-        for name, rows in by_name.items():
-            place = rows[0]["flop_speedup"], rows[0]["psnr"]
-            axes.plot(*place, "o", color=colour, label=model if name == next(iter(by_name)) else None)
-            axes.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    interval = next(iter(next(iter(schedulers.values())).values()))[0]["interval"]
-    axes.set(title=f"schedulers, interval {interval}", xlabel="speed-up by FLOPs", ylabel="PSNR, dB")
-    axes.margins(x=0.25)
-    axes.legend(frameon=False)
+        for place, marker in enumerate("os"):
+            rows = [by_name[name][place] for name in names if place < len(by_name[name])]
+            if rows:
+                label = f"{model}, interval {rows[0]['interval']}"
+                axes.plot([row["psnr"] for row in rows], names[: len(rows)], marker, color=colour, label=label)
+    axes.invert_yaxis()
+    axes.set(title="schedulers", xlabel="PSNR, dB")
+    axes.legend(frameon=False, fontsize=8)
 
 
 _DRAWN = {"parts": _draw_parts, "frames": _draw_frames, "settings": _draw_settings, "schedulers": _draw_schedulers}
