@@ -7,6 +7,8 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 from lightcache_fx import errors
 from lightcache_fx.backend import backend
 from lightcache_fx.caching import Adaptive, Auto, Cache, Magnitude, Residual
+from lightcache_fx.calibrating import calibrate
+from lightcache_fx.calibration import Calibration, Point
 from lightcache_fx.loading import load
 from lightcache_fx.mapped import map_weights
 from lightcache_fx.module import decode_frames, plan, reset, transform
@@ -25,6 +27,7 @@ __all__ = [
     "Adaptive",
     "Auto",
     "Cache",
+    "Calibration",
     "Chunk",
     "Compile",
     "Decode",
@@ -33,6 +36,7 @@ __all__ = [
     "PipelinePlan",
     "PipelineReport",
     "Plan",
+    "Point",
     "Policy",
     "ProgramReport",
     "Recording",
@@ -45,6 +49,7 @@ __all__ = [
     "backend",
     "block_paths",
     "branch_name",
+    "calibrate",
     "decode_frames",
     "diff",
     "errors",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from lightcache_fx.caching import Auto, Cut, Residual
+from lightcache_fx.caching import Auto, Cache, Cut, Residual
 from lightcache_fx.errors import CutError, nearest
 from lightcache_fx.flops import count_flops
 from lightcache_fx.graphs import ancestors, describe, input_of, is_view, num_bytes, outputs, placeholders
@@ -274,25 +274,30 @@ def check_path(module: nn.Module, path: str, argument: str = "cut") -> None:
         raise CutError(f"{argument}={path!r}: {type(module).__name__} has no such module{nearest(path, known)}")
 
 
-def paths_to_mark(cut: Cut, module: nn.Module) -> list[str]:
-    """The module paths whose arguments and results a capture must mark for this cut.
+def paths_to_mark(cache: Cache | None, module: nn.Module) -> list[str]:
+    """The module paths whose arguments and results a capture must mark: of the cut, and of what steps decide by.
 
     Raises:
         CutError: a path is no submodule.
     """
-    match cut:
+    if cache is None:
+        return []
+    match cache.cut:
         case Residual():
-            paths = [cut.first, cut.last]
+            paths = [cache.cut.first, cache.cut.last]
         case Auto():
             paths = [path for blocks in block_lists(module) for path in blocks]
         case str():
-            paths = [cut]
+            paths = [cache.cut]
         case list():
-            paths = cut
+            paths = cache.cut
         case _:
             paths = []
     for path in paths:
         check_path(module, path)
+    if cache.adaptive is not None and cache.adaptive.indicator is not None:
+        check_path(module, cache.adaptive.indicator, "indicator")
+        paths = [*paths, cache.adaptive.indicator]
     return list(dict.fromkeys(paths))
 
 

@@ -90,6 +90,10 @@ class ScheduleError(LightcacheError, ValueError):
     """A schedule does not fit the run it is used in."""
 
 
+class CalibrationError(LightcacheError, ValueError):
+    """A calibration cannot be made, read, or used for what it is asked for."""
+
+
 class TransformError(LightcacheError, ValueError):
     """A module cannot be transformed or restored in the state it is in."""
 

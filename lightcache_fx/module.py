@@ -156,6 +156,8 @@ def transform_component(module: M, policy: Policy, ledger: Ledger, *, may_stay_e
             f" and some cache"
             f" helpers do that); remove these hooks first, and enable them on the transformed module"
         )
+    if not is_autoencoder(module):
+        policy = policy.resolved(module)
     methods = _AUTOENCODER_METHODS if is_autoencoder(module) else ("forward",)
     homes = homes_of(module, policy)
     runtimes = {
@@ -362,9 +364,9 @@ def capture_and_plan(
         raise ArgumentError(f"plan: {type(module).__name__} has no method {method!r}; leave it out for the main one")
     if method is None:
         method = "decode" if is_autoencoder(module) else "forward"
-    policy = policy_for(module, policy, method)
+    policy = policy_for(module, policy, method).resolved(module)
     reader = CallReader(module, rates=policy.rates, method=method)
-    marked = paths_to_mark(policy.cache.cut, module) if policy.cache is not None else []
+    marked = paths_to_mark(policy.cache, module)
     call = reader.read(tuple(args), dict(kwargs or {}))
     placement = placement_of(module, policy)
     computes_on = placement.device_for(reader.owner, call.tensors)

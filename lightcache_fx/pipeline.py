@@ -131,6 +131,11 @@ def _main_components(pipe: Any, modules: dict[str, nn.Module]) -> list[str]:
     return [name for name in modules if name in main]
 
 
+def denoisers_of(pipe: Any) -> list[str]:
+    """The names of a pipeline's components that take a timestep and run by themselves."""
+    return _denoisers(pipe, {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)})
+
+
 def _denoisers(pipe: Any, modules: dict[str, nn.Module]) -> list[str]:
     return [name for name in _main_components(pipe, modules) if _takes_timestep(modules[name])]
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
+from torch import nn
 
 from lightcache_fx.caching import Cache, cut_to_plain
 from lightcache_fx.errors import PolicyError, nearest
@@ -195,11 +196,17 @@ class Compile(Settings):
         return self
 
 
+_UNCALIBRATED: dict[str, Any] = {"quality": None, "speedup": None, "calibration": None}
+
+
 class Policy(Settings):
     """Everything the user asks of `transform`. `Policy()` is lossless: bitwise equal to the eager model.
 
     Attributes:
         cache: what to keep between steps, or None for no caching.
+        quality: cache as much as a quality allows, by what a calibration has measured: `psnr>=30` (dB) or `ssim>=0.95`.
+        speedup: likewise, as well as so many times fewer FLOPs allow.
+        calibration: the file that `calibrate(...).save` wrote, for `quality` or `speedup`.
         hoist: run values that depend only on the prompt, image or size once a generation (lossless).
         max_hoisted_bytes: how many bytes hoisted values may hold; None takes 2 % of the weights, at least 16 MiB.
         rates: how often an input changes, by parameter name of the model's forward, where the default is wrong.
@@ -222,6 +229,9 @@ class Policy(Settings):
     """
 
     cache: Cache | None = None
+    quality: str | None = None
+    speedup: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False, strict=False)] | None = None
+    calibration: str | None = None
     hoist: bool = True
     max_hoisted_bytes: Bytes | None = None
     rates: dict[str, Rate] = pydantic.Field(default_factory=dict)
@@ -243,6 +253,27 @@ class Policy(Settings):
             keys = ", ".join(Cache.model_fields)
             raise ValueError(f"expected a Cache, or a mapping with the keys {keys}, got {value!r}")
         return value
+
+    @pydantic.field_validator("calibration", mode="before")
+    @classmethod
+    def _read_path(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+    @pydantic.model_validator(mode="after")
+    def _calibrated(self) -> Self:
+        asked = [name for name in ("quality", "speedup") if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise ValueError("quality and speedup ask for two things; give one of them")
+        if asked and self.calibration is None:
+            raise ValueError(
+                f"{asked[0]} needs a calibration of the model: calibration='FILE', made by"
+                f" lightcache_fx.calibrate(pipe, inputs).save('FILE')"
+            )
+        if self.calibration is not None and not asked:
+            raise ValueError("calibration says what was measured; say what of it by quality='psnr>=30' or speedup=2.0")
+        if asked and self.cache is not None:
+            raise ValueError(f"{asked[0]} chooses what to cache; leave cache out")
+        return self
 
     @pydantic.field_validator("compile", mode="before")
     @classmethod
@@ -269,6 +300,21 @@ class Policy(Settings):
             raise ValueError(f"expected a {kind.__name__}, or a mapping with the keys {keys}, got {value!r}")
         return read_as(kind, value)
 
+    def resolved(self, module: nn.Module) -> Policy:
+        """With the cache that a calibration gives for what is asked.
+
+        Raises:
+            CalibrationError: it cannot be read, is of another model, or nothing in it reaches what is asked.
+        """
+        if self.calibration is None:
+            return self
+        from lightcache_fx.calibration import Calibration
+
+        found = Calibration.load(self.calibration)
+        found.check(module, f"calibration={Path(self.calibration).name!r}")
+        point = found.best(quality=self.quality, speedup=self.speedup)
+        return self.model_copy(update={**_UNCALIBRATED, "cache": point.cache(found.num_steps)})
+
     def runs_autoencoders(self) -> bool:
         """Whether anything is asked of the autoencoder of a pipeline."""
         return self.decode is not None or self.is_about_memory()
@@ -291,7 +337,7 @@ class Policy(Settings):
         """What of this policy applies to a module that runs once a generation: where its weights are."""
         about_steps: dict[str, Any] = {"cache": None, "hoist": False, "rates": {}, "chunk": None, "decode": None}
         about_steps["calls_per_step"] = None
-        return self.model_copy(update=about_steps)
+        return self.model_copy(update={**about_steps, **_UNCALIBRATED})
 
     def of_autoencoder(self, method: str) -> Policy:
         """What of this policy applies to a method of an autoencoder: nothing that is about denoising steps."""
@@ -300,9 +346,8 @@ class Policy(Settings):
             asked = self.decode.budget
             applies = isinstance(asked, int) or (isinstance(asked, str) and method == "decode")
             chunk = Chunk(budget=asked) if applies else None
-        return self.model_copy(
-            update={"cache": None, "hoist": False, "rates": {}, "chunk": chunk, "calls_per_step": None}
-        )
+        about_steps: dict[str, Any] = {"cache": None, "hoist": False, "rates": {}, "calls_per_step": None}
+        return self.model_copy(update={**about_steps, **_UNCALIBRATED, "chunk": chunk})
 
     @classmethod
     def deepcache(cls, interval: int = 3, branch: int = 0) -> Policy:

@@ -17,7 +17,7 @@ from lightcache_fx.errors import ArgumentError, TransformError, nearest
 from lightcache_fx.graphs import describe
 from lightcache_fx.marks import marked_nodes
 from lightcache_fx.module import runtime_of
-from lightcache_fx.stores import Stores
+from lightcache_fx.runtime import Observed
 
 _SMALLEST_NORM = 1e-30
 
@@ -111,12 +111,12 @@ def record_kept(module: nn.Module) -> Iterator[Recording]:
         raise TransformError(f"record_kept: this {type(module).__name__} is being recorded already")
     recording, thread = Recording(), threading.get_ident()
 
-    def note(compiled: Compiled, stores: Stores, branch: int) -> None:
+    def note(seen: Observed) -> None:
         if threading.get_ident() != thread:
             return
-        for slot, name in _names(compiled).items():
-            values = recording.values.setdefault((name, branch), [])
-            values.append(stores.slots[slot].detach().to("cpu", copy=True))
+        for slot, name in _names(seen.compiled).items():
+            values = recording.values.setdefault((name, seen.branch), [])
+            values.append(seen.stores.slots[slot].detach().to("cpu", copy=True))
 
     runtime.observe = note
     try:

@@ -20,7 +20,7 @@ from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.compiled import Compiled, LastCall, Signature
-from lightcache_fx.cuts import check_path, paths_to_mark
+from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
 from lightcache_fx.extrapolation import coefficients
@@ -39,6 +39,7 @@ from lightcache_fx.program import BoundProgram, Moment, build_last, build_progra
 from lightcache_fx.program_log import log_programs
 from lightcache_fx.ranges import profiled
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
+from lightcache_fx.schedule import Schedule
 from lightcache_fx.stores import Stores, version_of
 from lightcache_fx.swapping import SMALLEST
 from lightcache_fx.units import format_bytes
@@ -88,6 +89,26 @@ class ProgramRun(NamedTuple):
     kept_bytes: int
 
 
+class Observed(NamedTuple):
+    """A full step that has run.
+
+    Attributes:
+        compiled: what it ran by.
+        stores: what its branch keeps now.
+        branch: the guidance branch's place in the step.
+        step: the denoising step's index in the run.
+        tensors: of the call.
+        outputs: of the model, as tensors.
+    """
+
+    compiled: Compiled
+    stores: Stores
+    branch: int
+    step: int
+    tensors: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor]
+
+
 class ThreadState(threading.local):
     """The run under way in each thread."""
 
@@ -111,7 +132,8 @@ class Runtime:
         varying: by an argument's name, dimensions whose sizes are known to vary before a second one comes.
 
     Attributes:
-        observe: called after each full step with what has run, what its branch keeps, and that branch's place.
+        observe: called after each full step.
+        schedule: which steps are full, instead of by the policy.
 
     Raises:
         ArgumentError: the policy's rates name a parameter that `forward` does not have.
@@ -149,18 +171,12 @@ class Runtime:
             self._sizes = DynamicSizes(module, policy, self.marked, self._compiled, varying or {})
         self._lock = threading.Lock()
         self._local = local or ThreadState()
-        self.observe: Callable[[Compiled, Stores, int], None] | None = None
+        self.observe: Callable[[Observed], None] | None = None
+        self.schedule: Schedule | None = None
 
     def _paths_to_mark(self) -> list[str]:
         """The submodules that a capture must be able to find."""
-        cache = self.policy.cache
-        if cache is None:
-            return []
-        paths = paths_to_mark(cache.cut, self.module)
-        if cache.adaptive is not None and cache.adaptive.indicator is not None:
-            check_path(self.module, cache.adaptive.indicator, "indicator")
-            paths = list(dict.fromkeys([*paths, cache.adaptive.indicator]))
-        return paths
+        return paths_to_mark(self.policy.cache, self.module)
 
     @property
     def _compares_steps(self) -> bool:
@@ -410,7 +426,7 @@ class Runtime:
             position = self.tracker.locate(reader.time(self.tracker.branches), group, inputs, reader.equal)
         if position.begins_run:
             self._local.timeline.clear()
-            compiled.plan.schedule.check(run.num_steps if run is not None else None)
+            (self.schedule or compiled.plan.schedule).check(run.num_steps if run is not None else None)
         return position
 
     def _run(self, call: Call, compiled: Compiled, position: Position) -> object:
@@ -452,7 +468,8 @@ class Runtime:
         branch.stores.handed.clear()
         self.counts[kind] += 1
         if self.observe is not None and is_full:
-            self.observe(compiled, branch.stores, self._place_of(position, compiled))
+            branch_place = self._place_of(position, compiled)
+            self.observe(Observed(compiled, branch.stores, branch_place, position.step, call.tensors, tensors))
         return compiled.capture.rebuild_output(tensors)
 
     def _probe(self, call: Call, compiled: Compiled, position: Position) -> None:
@@ -531,13 +548,14 @@ class Runtime:
         In the period's first step all calls are full, and in the others none.
         """
         plan, branch = compiled.plan, position.branch
-        if plan.cut is None or plan.schedule.is_full(position.step, num_steps) or not position.certain:
+        schedule = self.schedule or plan.schedule
+        if plan.cut is None or schedule.is_full(position.step, num_steps) or not position.certain:
             return place
         if plan.probe is not None and self._decides_for_full(plan, position):
             return place
         step, name = 1, "reuse"
         if plan.swap is not None and len(plan.swap.names) > plan.branches:
-            ahead = plan.schedule.steps_to_full(position.step, num_steps)
+            ahead = schedule.steps_to_full(position.step, num_steps)
             step = plan.swap.step_for(branch.since_full + 1, ahead)
             name = plan.swap.variants[step * plan.branches + place]
         has_all = all(slot in branch.stores for slot in compiled.bound[name].slots_read)
