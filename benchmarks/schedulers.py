@@ -107,23 +107,25 @@ class Trained:
     generate: Callable[[Any, int, int], Any]
 
 
-def _unet_clip(pipe: Any, index: int, steps: int) -> Any:
+def unet_clip(pipe: Any, index: int, steps: int) -> Any:
+    """A held-out clip by its index: uint8 (frames, height, width, 3)."""
     clip = sample.generate(pipe, sample.heldout_clip(index), steps=steps, max_guidance_scale=1.5, seed=index)
     return clip.transpose(0, 2, 3, 1)
 
 
-def _transformer_clip(pipe: Any, index: int, steps: int) -> Any:
+def transformer_clip(pipe: Any, index: int, steps: int) -> Any:
+    """As `unet_clip`, of the text-to-video model."""
     prompt = caption(sample_dit.heldout_clips(index + 1)[index])
     clip = sample_dit.generate(pipe, prompt, steps=steps, guidance_scale=2.0, seed=index)
     return clip.transpose(0, 2, 3, 1)
 
 
 MODELS: Mapping[str, Trained] = {
-    "svd-sprites": Trained(sample.load_pipeline, 0, _unet_clip),
+    "svd-sprites": Trained(sample.load_pipeline, 0, unet_clip),
     "latte-sprites": Trained(
         sample_dit.load_pipeline,
         lc.Residual(first="denoiser.transformer_blocks.1", last="denoiser.transformer_blocks.5"),
-        _transformer_clip,
+        transformer_clip,
     ),
 }
 

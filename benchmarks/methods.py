@@ -1,0 +1,325 @@
+"""Ways to decide what is reused, beside each other: quality and measured speed on the trained small models.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.methods               # both models, about an hour and a half on two cores
+    python -m benchmarks.methods svd-sprites --clips 4 --families interval calibrated
+
+Quality is over held-out clips, against the same clip with every step in full; the speed of the whole pipeline is that
+of some of them, each beside the plain one. Calibrations and magnitudes come of other clips. What is done already is not
+done again: results/methods.json is written behind each family, and is kept where settings and code are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from rich.console import Console
+
+import lightcache_fx as lc
+from benchmarks.common import (
+    RESULTS,
+    Goal,
+    environment,
+    markdown_table,
+    pairwise_ratio,
+    print_rows,
+    seconds_of,
+    write_json,
+)
+from benchmarks.figures.style import FOLDER, written
+from benchmarks.schedulers import transformer_clip, unet_clip
+from examples.small_model import sample, sample_dit
+from examples.systems import denoiser_of
+from lightcache_fx.quality import compare_videos
+
+STEPS = 25
+CLIPS = 32
+CALIBRATED_ON = (32, 33, 34)
+TIMED = 4
+INTERVALS = (2, 3, 4, 5, 7)
+SPEEDS = (1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.5)
+VIOLINS = (1.5, 2.0, 2.6)
+"""Speeds near which distributions are shown."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model, and how each family is asked of it.
+
+    Attributes:
+        load: its pipeline.
+        generate: a clip by its index: uint8 (frames, height, width, 3).
+        cut: what all families but the calibrated one keep.
+        first_block: what is looked at before it.
+        modulated: the input of the first block, modulated by the time.
+    """
+
+    load: Callable[[], Any]
+    generate: Callable[[Any, int, int], Any]
+    cut: int | lc.Residual
+    first_block: str
+    modulated: str
+
+
+MODELS: Mapping[str, Model] = {
+    "svd-sprites": Model(sample.load_pipeline, unet_clip, 0, "down_blocks.0", "down_blocks.0.resnets.0"),
+    "latte-sprites": Model(
+        sample_dit.load_pipeline,
+        transformer_clip,
+        lc.Residual(first="transformer_blocks.1", last="transformer_blocks.5"),
+        "transformer_blocks.0",
+        "transformer_blocks.0.norm1",
+    ),
+}
+THRESHOLDS = {
+    "first block": {"svd-sprites": (0.02, 0.05, 0.1, 0.2, 0.4), "latte-sprites": (0.05, 0.1, 0.2, 0.35, 0.6)},
+    "summed changes": {"svd-sprites": (0.05, 0.1, 0.2, 0.4, 0.8), "latte-sprites": (0.1, 0.2, 0.4, 0.8, 1.6)},
+    "magnitudes": {"svd-sprites": (0.02, 0.05, 0.1, 0.2, 0.4), "latte-sprites": (0.02, 0.05, 0.1, 0.2, 0.4)},
+}
+FAMILIES = ("interval", "taylor 1", "taylor 2", "first block", "summed changes", "magnitudes", "calibrated")
+
+
+def ways(name: str, family: str, pipe: Any, log: Callable[[str], None]) -> Iterator[tuple[str, lc.Cache]]:
+    """The settings of a family, by what tells them apart."""
+    model = MODELS[name]
+    match family:
+        case "interval" | "taylor 1" | "taylor 2":
+            order = 0 if family == "interval" else int(family[-1])
+            for interval in INTERVALS:
+                yield f"{interval}", lc.Cache(cut=model.cut, interval=interval, order=order)
+        case "first block" | "summed changes":
+            sums = family == "summed changes"
+            for threshold in THRESHOLDS[family][name]:
+                rule = lc.Adaptive(
+                    threshold=threshold,
+                    indicator=model.modulated if sums else model.first_block,
+                    of="output" if sums else None,
+                    since="step" if sums else "full",
+                    max_reuse=7,
+                )
+                yield f"{threshold:g}", lc.Cache(cut=model.cut, adaptive=rule)
+        case "magnitudes":
+            ratios = magnitude_ratios(model, pipe)
+            for threshold in THRESHOLDS[family][name]:
+                magnitude = lc.Magnitude(ratios=ratios, threshold=threshold, max_reuse=7, retention=0.1)
+                yield f"{threshold:g}", lc.Cache(cut=model.cut, magnitude=magnitude, num_steps=STEPS)
+        case _:
+            inputs = [lambda pipe, index=index: model.generate(pipe, index, STEPS) for index in CALIBRATED_ON]
+            found = lc.calibrate(pipe, inputs, points=12, progress=log)
+            best = [point for point in (best_of(found, speed) for speed in SPEEDS) if point is not None]
+            points = {(*point.full_steps, str(point.cut), point.order): point for point in best}
+            for point in points.values():
+                yield f"{point.cut}, order {point.order}, {point.full_steps}", point.cache(found.num_steps)
+
+
+def best_of(calibration: lc.Calibration, speed: float) -> lc.Point | None:
+    """The best point of a speed; None where none is so fast."""
+    fast = any(point.speedup >= speed for point in calibration.points)
+    return calibration.best(speedup=speed) if fast else None
+
+
+def magnitude_ratios(model: Model, pipe: Any) -> list[float]:
+    """How the norm of what is kept, token by token, changes from step to step (MagCache's calibration)."""
+    fast = lc.transform_pipeline(pipe, lc.Policy(cache=lc.Cache(cut=model.cut, interval=1)))
+    with lc.record_kept(denoiser_of(fast)) as recording:
+        model.generate(fast, CALIBRATED_ON[0], STEPS)
+    values = recording.at(recording.names[0])
+    dim = 1 if values[0].ndim == 4 else -1  # channels of a U-Net come second
+    norms = [value.float().norm(dim=dim) for value in values]
+    return [1.0, *(float((now / before.clamp_min(1e-8)).mean()) for before, now in pairwise(norms))]
+
+
+def measure(
+    name: str,
+    family: str,
+    pipe: Any,
+    plain: Sequence[Any],
+    timed: int,
+    known: dict[str, Any],
+    log: Callable[[str], None],
+) -> None:
+    """Measure a family against clips of full steps."""
+    model, clips = MODELS[name], len(plain)
+    for setting, cache in ways(name, family, pipe, log):
+        key = f"{name}, {family}, {setting}"
+        fast = lc.transform_pipeline(pipe, lc.Policy(cache=cache))
+        videos = [model.generate(fast, index, STEPS) for index in range(clips)]
+        pairs = [
+            tuple(seconds_of(lambda of=of, i=index: model.generate(of, i, STEPS)) for of in (pipe, fast))
+            for index in range(timed)
+        ]
+        scores = [compare_videos(*pair, measures=("psnr", "ssim")) for pair in zip(plain, videos, strict=True)]
+        report = lc.inspect(denoiser_of(fast))
+        speed = pairwise_ratio([one for one, _ in pairs], [other for _, other in pairs])
+        known[key] = {
+            "model": name,
+            "family": family,
+            "setting": setting,
+            "speedup": speed.as_dict(),
+            "full_steps": report.counts["full"] / (clips + timed) / _branches(report),
+            "psnr": [None if score.identical else float(score.psnr.mean) for score in scores],
+            "ssim": [1.0 if score.identical else float(score.ssim.mean) for score in scores],
+        }
+        log(f"{key}: {speed.median:.2f}x, {median_psnr(known[key]):.1f} dB")
+
+
+def _branches(report: lc.Report) -> int:
+    return 1 + max(run.branch for run in report.timeline)
+
+
+def median_psnr(row: Mapping[str, Any]) -> float:
+    """Over clips; one that is the plain clip counts as infinitely good."""
+    return float(np.median([np.inf if value is None else value for value in row["psnr"]]))
+
+
+def goals(rows: Mapping[str, Any]) -> list[Goal]:
+    """The calibrated curve, read between its points, is on or above each other way of 1.3 to 3 times the speed."""
+    found = []
+    for name in MODELS:
+        curve = sorted((r["speedup"]["median"], median_psnr(r)) for r in rows.values() if is_of(r, name, "calibrated"))
+        for family in FAMILIES[:-1]:
+            leads = [
+                float(np.interp(x, *zip(*curve, strict=True))) - median_psnr(row)
+                for row in rows.values()
+                if is_of(row, name, family) and curve and 1.3 <= (x := row["speedup"]["median"]) <= min(3, curve[-1][0])
+            ]
+            if leads:
+                found.append(Goal(f"{name}: calibrated over {family}, least lead in dB", min(leads), "at least", 0))
+    return found
+
+
+def is_of(row: Mapping[str, Any], name: str, family: str) -> bool:
+    """Whether a row is of a model and a family."""
+    return bool(row["model"] == name and row["family"] == family)
+
+
+# What is printed and drawn --------------------------------------------------------------------------------------------
+
+
+def table(rows: Mapping[str, Any], name: str) -> tuple[Sequence[str], list[list[str]]]:
+    """The columns and rows of a model."""
+    cells = [
+        [
+            row["family"],
+            row["setting"],
+            f"{row['speedup']['median']:.2f}x ({row['speedup']['min']:.2f} to {row['speedup']['max']:.2f})",
+            f"{row['full_steps']:.1f}",
+            f"{median_psnr(row):.1f}",
+            f"{np.median(row['ssim']):.4f}",
+        ]
+        for row in rows.values()
+        if row["model"] == name
+    ]
+    return ("family", "setting", "faster than plain", f"full of {STEPS} steps", "PSNR, dB", "SSIM"), cells
+
+
+def draw(rows: Mapping[str, Any], folder: Path = FOLDER) -> None:
+    """Above PSNR and SSIM over speed, below the distributions near three speeds; a row of pictures for each model."""
+    names = [name for name in MODELS if any(row["model"] == name for row in rows.values())]
+    with written("methods", folder, figsize=(13, 4.4 * len(names))) as figure:
+        panels = figure.subplots(len(names), 3, squeeze=False)
+        for line, name in zip(panels, names, strict=True):
+            of_model = [row for row in rows.values() if row["model"] == name]
+            _curves(line[0], of_model, median_psnr, f"{name}: PSNR, dB")
+            _curves(line[1], of_model, lambda row: float(np.median(row["ssim"])), f"{name}: SSIM")
+            _violins(line[2], of_model, f"{name}: PSNR by clip, dB")
+        panels[0][0].legend(frameon=False, fontsize=8)
+
+
+def _curves(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float], title: str
+) -> None:
+    for number, family in enumerate(FAMILIES):
+        points = sorted((row["speedup"]["median"], value(row)) for row in rows if row["family"] == family)
+        if points:
+            wide = 2.4 if family == "calibrated" else 1.2
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=wide, color=f"C{number}", label=family)
+    axes.set(title=title, xlabel="times as fast as plain, measured")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e3e7ec", linewidth=0.8)
+
+
+def _violins(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    for number, family in enumerate(FAMILIES):
+        mine = [row for row in rows if row["family"] == family]
+        for place, speed in enumerate(VIOLINS):
+            near = min(mine, key=lambda row: abs(row["speedup"]["median"] - speed), default=None)
+            if near is None or abs(near["speedup"]["median"] - speed) > 0.3:
+                continue
+            values = [value for value in near["psnr"] if value is not None]
+            parts = axes.violinplot(
+                [values], [place + (number - 3) * 0.12], widths=0.11, showextrema=False, showmedians=True
+            )
+            for body in parts["bodies"]:
+                body.set(facecolor=f"C{number}", alpha=0.7)
+            parts["cmedians"].set(color="black", linewidth=0.8)
+    axes.set_xticks(range(len(VIOLINS)), [f"about {speed:g}x" for speed in VIOLINS])
+    axes.set(title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e7ec", linewidth=0.8)
+
+
+def _digest() -> str:
+    """Of the code that results depend on."""
+    folders = (Path(lc.__file__).parent, Path(__file__).parents[1] / "passes")
+    files = sorted(path for folder in folders for path in folder.rglob("*.py") if "cli" not in path.parts)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from a command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--clips", type=int, default=CLIPS)
+    parser.add_argument("--timed", type=int, default=TIMED)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--draw", action="store_true", help="draw anew, measure nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS / "methods.json")
+    parser.add_argument("--pictures", type=Path, default=FOLDER)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    console, log = Console(width=150), Console(stderr=True).print
+    result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    result.setdefault("rows", {})
+    result.setdefault("measured", {})
+    code = _digest()
+    for name in [] if options.draw else options.models or MODELS:
+        pipe = MODELS[name].load()
+        plain: list[Any] = []
+        for family in options.families:
+            by = {"code": code, "clips": options.clips, "timed": options.timed, "steps": STEPS}
+            if result["measured"].get(f"{name}, {family}") == by:
+                continue
+            result["rows"] = {key: row for key, row in result["rows"].items() if not is_of(row, name, family)}
+            plain = plain or [MODELS[name].generate(pipe, index, STEPS) for index in range(options.clips)]
+            measure(name, family, pipe, plain, options.timed, result["rows"], log)
+            result["measured"][f"{name}, {family}"] = by
+            result["environment"] = environment()
+            result["goals"] = {goal.name: goal.as_dict() for goal in goals(result["rows"])}
+            write_json(options.out, result)
+    page = ["# Methods", ""]
+    for name in MODELS:
+        columns, rows = table(result["rows"], name)
+        if rows:
+            print_rows(name, columns, rows, console)
+            page += [f"## {name}", "", *markdown_table(columns, rows), ""]
+    reached = [[goal.name, f"{goal.value:.2f}", goal.format()] for goal in goals(result["rows"])]
+    if reached:
+        page += ["## Goals", "", *markdown_table(("", "value", "goal"), reached), ""]
+        print_rows("goals", ("", "value", "goal"), reached, console)
+    options.out.with_suffix(".md").write_text("\n".join(page), encoding="utf-8")
+    draw(result["rows"], options.pictures)
+
+
+if __name__ == "__main__":
+    main()
