@@ -100,6 +100,21 @@ class Adaptive(Settings):
         return self
 
 
+class Guard(Settings):
+    """Some runs check themselves: beside each reuse step a full one runs too, and what it returns is compared.
+
+    A guarded run takes longer than one without a cache. Where a reuse step's output is further off than `bound`, the
+    full step's is returned instead, and all steps are full from then on, which is logged and told by `inspect`.
+
+    Attributes:
+        bound: of the error: the root mean square of the difference over that of the full step's output.
+        every: each so many-th run is checked, the first among them; None checks the first alone.
+    """
+
+    bound: Positive
+    every: Annotated[int, pydantic.Field(ge=1)] | None = None
+
+
 class Cache(Settings):
     """Which values are kept from step to step, and at which steps they are computed afresh.
 
@@ -113,6 +128,7 @@ class Cache(Settings):
         adaptive: decide at each step, by how much a cheap value has changed, instead of an interval.
         order: of the Taylor expansion by which a reuse step continues what the kept values did at the last full steps
             (TaylorSeer, Liu et al. 2025): 0 repeats the last value, and each order above keeps one more.
+        guard: check some runs, and reuse nothing any more where that is too far off.
         first: so many first steps are always full (at least one: there is nothing to reuse before it).
         last: so many last steps are always full; needs the number of steps, from `num_steps` or from the pipeline.
         num_steps: the number of denoiser evaluations of a run, where no pipeline tells it.
@@ -125,6 +141,7 @@ class Cache(Settings):
     magnitude: Magnitude | None = None
     adaptive: Adaptive | None = None
     order: Annotated[int, pydantic.Field(ge=0, le=MAX_ORDER)] = 0
+    guard: Guard | None = None
     first: Annotated[int, pydantic.Field(ge=1)] = 1
     last: Annotated[int, pydantic.Field(ge=0)] = 0
     num_steps: Annotated[int, pydantic.Field(ge=1)] | None = None
@@ -149,10 +166,11 @@ class Cache(Settings):
             return _cut_of_mapping(value)
         return value
 
-    @pydantic.field_validator("magnitude", "adaptive", mode="before")
+    @pydantic.field_validator("magnitude", "adaptive", "guard", mode="before")
     @classmethod
     def _read_rule(cls, value: object, info: pydantic.ValidationInfo) -> object:
-        return read_as(Magnitude if info.field_name == "magnitude" else Adaptive, value)
+        kinds: dict[str | None, type[Settings]] = {"magnitude": Magnitude, "adaptive": Adaptive, "guard": Guard}
+        return read_as(kinds[info.field_name], value)
 
     @pydantic.field_validator("steps", "mask", mode="before")
     @classmethod

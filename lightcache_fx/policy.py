@@ -275,6 +275,15 @@ class Policy(Settings):
             raise ValueError(f"{asked[0]} chooses what to cache; leave cache out")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if self.cache is not None and self.cache.guard is not None and self.is_about_memory():
+            raise ValueError(
+                "guard runs full steps beside reuse steps, which takes more than a plan for swap or memory_budget"
+                " knows; check without them first, or leave guard out"
+            )
+        return self
+
     @pydantic.field_validator("compile", mode="before")
     @classmethod
     def _read_compile(cls, value: object) -> object:

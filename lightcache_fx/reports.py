@@ -128,6 +128,7 @@ class Report:
         route: how the model was captured.
         late_copies: as in `ProgramReport`, of all programs of the signature that was used last.
         signatures: all that there are programs for, the one that was used last at the end.
+        guard: what the policy's guard has seen, where it has one.
         timeline: this thread's last run, one entry for each program that ran, in order; at most the last 4,096.
     """
 
@@ -141,6 +142,7 @@ class Report:
     late_copies: int
     signatures: tuple[SignatureReport, ...]
     timeline: tuple[ProgramRun, ...]
+    guard: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and YAML; times in seconds from the begin of the timeline."""
@@ -151,6 +153,7 @@ class Report:
             "kept_bytes": self.kept_bytes,
             "hoisted_bytes": self.hoisted_bytes,
             "late_copies": self.late_copies,
+            "guard": self.guard,
             "signatures": [signature.as_dict() for signature in self.signatures],
             "timeline": [run._replace(begin=run.begin - start)._asdict() for run in self.timeline],
         }
@@ -169,7 +172,8 @@ class Report:
         late = f"; {self.late_copies} copies were late" if self.late_copies else ""
         shown = len(self.timeline)
         more = [f"the timeline has {shown - _ROWS} more entries"] if shown > _ROWS else []
-        return [*more, f"held now: {held}{late}"]
+        guard = [self.guard] if self.guard is not None else []
+        return [*more, f"held now: {held}{late}", *guard]
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,7 @@ def _report(runtime: Runtime) -> Report:
         late_copies=sum(bound.late_copies for bound in latest.bound.values()),
         signatures=tuple(_signature(runtime, made) for of_one in runtime.everything() for made in of_one),
         timeline=runtime.timeline(),
+        guard=str(runtime.watch) if runtime.watch is not None else None,
     )
 
 

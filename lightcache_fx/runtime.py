@@ -25,6 +25,7 @@ from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
 from lightcache_fx.extrapolation import coefficients
 from lightcache_fx.fetching import WeightsAway
+from lightcache_fx.guarding import Watch
 from lightcache_fx.handover import plan_hand_over
 from lightcache_fx.homes import Homes, Tier
 from lightcache_fx.host_reads import HostReader
@@ -116,6 +117,7 @@ class ThreadState(threading.local):
         self.tracker = RunTracker()
         self.ran_last: Compiled | None = None
         self.timeline: deque[ProgramRun] = deque(maxlen=LONGEST_TIMELINE)
+        self.is_guarded = False
 
 
 class Runtime:
@@ -173,6 +175,8 @@ class Runtime:
         self._local = local or ThreadState()
         self.observe: Callable[[Observed], None] | None = None
         self.schedule: Schedule | None = None
+        guard = policy.cache.guard if policy.cache is not None else None
+        self.watch = Watch(guard, self.reader.owner) if guard is not None else None
 
     def _paths_to_mark(self) -> list[str]:
         """The submodules that a capture must be able to find."""
@@ -426,6 +430,7 @@ class Runtime:
             position = self.tracker.locate(reader.time(self.tracker.branches), group, inputs, reader.equal)
         if position.begins_run:
             self._local.timeline.clear()
+            self._local.is_guarded = self.watch is not None and self.watch.begin_run()
             (self.schedule or compiled.plan.schedule).check(run.num_steps if run is not None else None)
         return position
 
@@ -465,12 +470,30 @@ class Runtime:
         kind = "full" if is_full else "reuse"
         name, moment = self._handing_over(compiled, index, kind, moment)
         tensors = self._timed(compiled, name, call, position, moment)
+        if self._local.is_guarded and not is_full:
+            tensors = self._guarded(call, compiled, position, tensors)
         branch.stores.handed.clear()
         self.counts[kind] += 1
         if self.observe is not None and is_full:
             branch_place = self._place_of(position, compiled)
             self.observe(Observed(compiled, branch.stores, branch_place, position.step, call.tensors, tensors))
         return compiled.capture.rebuild_output(tensors)
+
+    def _guarded(
+        self, call: Call, compiled: Compiled, position: Position, reused: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """What a reuse step returned, or what a full one returns where that is too far off."""
+        branch, watch = position.branch, self.watch
+        assert watch is not None
+        aside = Stores(hoisted=branch.stores.hoisted, handed=branch.stores.handed, buffer=branch.stores.buffer)
+        full = compiled.bound["full"](call.tensors, aside)
+        if watch.is_near(reused, full, position.step):
+            return reused
+        branch.stores.begin_full(position.step, compiled.plan.order, self.homes.device)
+        branch.stores.slots.update(aside.slots)
+        branch.decision.begin_full()
+        branch.since_full = 0
+        return full
 
     def _probe(self, call: Call, compiled: Compiled, position: Position) -> None:
         """Compute what a step decides by, and what comes before it."""
@@ -549,6 +572,8 @@ class Runtime:
         """
         plan, branch = compiled.plan, position.branch
         schedule = self.schedule or plan.schedule
+        if self.watch is not None and self.watch.stopped is not None:
+            return place
         if plan.cut is None or schedule.is_full(position.step, num_steps) or not position.certain:
             return place
         if plan.probe is not None and self._decides_for_full(plan, position):
