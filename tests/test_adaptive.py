@@ -185,6 +185,30 @@ def test_first_block_cache_of_diffusers(name: str) -> None:
     assert 0 < kinds(fast).count(False) < NUM_STEPS - 1
 
 
+def test_guidance_branches_decide_by_themselves() -> None:
+    """Two branches in turn, of which one drifts later: each as in a run of its own."""
+    model, make_inputs = ZOO["wan"].build()
+    cut = residual(model, "wan", 1)
+    rule = lc.Adaptive(threshold=0.3, indicator="blocks.0")
+    policy = lc.Policy(cache=lc.Cache(cut=cut, adaptive=rule))
+    runs = [gentle(make_inputs, NUM_STEPS), gentle(make_inputs, 4 * NUM_STEPS)[:NUM_STEPS]]
+    other = run_inputs(make_inputs, 7, 1)[0]["encoder_hidden_states"]
+    runs[1] = [{**inputs, "encoder_hidden_states": other} for inputs in runs[1]]
+    alone, decisions = [], []
+    for steps in runs:
+        fast = lc.transform(model, policy)
+        alone.append([plain_step(fast, **inputs) for inputs in steps])
+        decisions.append(kinds(fast))
+    assert decisions[0] != decisions[1]
+    fast = lc.transform(model, policy)
+    with lc.marked_run(NUM_STEPS):
+        for step, calls in enumerate(zip(*runs, strict=True)):
+            for branch, inputs in enumerate(calls):
+                with lc.branch_name(str(branch)):
+                    assert_bitwise(plain_step(fast, **inputs), alone[branch][step], f"step {step}, branch {branch}")
+            lc.step_done()
+
+
 RATIOS = [1.0, 1.2, 1.05, 0.99, 1.01, 0.97, 0.95, 0.98, 0.9, 0.8]
 
 

@@ -1,4 +1,4 @@
-"""The code in `docs/writing_a_pass.md` runs as it stands, block after block, and its assertions hold."""
+"""Code in the docs runs as it stands, block after block, and its assertions hold."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def test_code_runs(name: str, num_blocks: int) -> None:
     namespace: dict[str, object] = {"__name__": "docs"}
     for line, code in blocks:
         exec(compile("\n" * line + code, str(DOCS / name), "exec"), namespace)
+
+
+def test_caches_of_the_page_can_be_made() -> None:
+    (line, code), *_ = code_blocks(DOCS / "caching.md")
+    exec(compile("\n" * line + code, "caching.md", "exec"), {"ratios": [1.0, 0.98]})
 
 
 def test_every_pass_has_a_test_file() -> None:
