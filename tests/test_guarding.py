@@ -11,18 +11,23 @@ import torch
 import lightcache_fx as lc
 from lightcache_fx.errors import PolicyError
 from oracle import HookOracle, assert_bitwise, plain_step
-from zoo import ZOO, run_inputs
+from toys import Denoiser, latent, prompt
 
 NUM_STEPS = 6
-CUT = "up_blocks.3.attentions.1"
+CUT = "middle"
 FULL = [True, False, False, True, False, False]
 
 
 def transformed(guard: lc.Guard | None, **schedule: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
-    model, make_inputs = ZOO["sd"].build()
+    model = Denoiser()
     schedule = schedule or {"interval": 3}
     fast = lc.transform(model, lc.Policy(cache=lc.Cache(cut=CUT, guard=guard, **schedule)))
-    return model, fast, run_inputs(make_inputs, 0, NUM_STEPS)
+    condition = prompt(0)
+    steps = [
+        {"sample": latent(step), "timestep": torch.tensor(900 - 100 * step), "encoder_hidden_states": condition}
+        for step in range(NUM_STEPS)
+    ]
+    return model, fast, steps
 
 
 def generate(fast: Any, steps: list[dict[str, Any]]) -> list[list[torch.Tensor]]:
