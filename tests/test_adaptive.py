@@ -343,6 +343,19 @@ def test_yaml() -> None:
         assert lc.Policy.from_yaml(policy.to_yaml()) == policy
 
 
+def test_behind_torch_compile() -> None:
+    model, make_inputs = ZOO["dit"].build()
+    steps = gentle(make_inputs, NUM_STEPS)
+    rule = lc.Adaptive(threshold=1.5, indicator="transformer_blocks.0", max_reuse=2)
+    policy = lc.Policy(cache=lc.Cache(cut="transformer_blocks.1", adaptive=rule), compile="eager")
+    fast = lc.transform(copy.deepcopy(model), policy)
+    compiled = torch.compile(model, backend="lightcache", fullgraph=True, options={"policy": policy})
+    for step, inputs in enumerate(steps):
+        assert_bitwise(plain_step(compiled, **inputs), plain_step(fast, **inputs), f"step {step}")
+    assert lc.inspect(compiled).counts == lc.inspect(fast).counts
+    assert 0 < kinds(fast).count(False) < NUM_STEPS - 1
+
+
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_saved_and_loaded(adaptive: bool, tmp_path: Path) -> None:
     model, make_inputs = ZOO["wan"].build()

@@ -242,3 +242,18 @@ def test_the_peak_is_as_planned(schedule: dict[str, Any]) -> None:
     assert swap.plan.budget * 0.9 < measured <= swap.plan.peak_bytes
     assert measured >= 0.95 * swap.plan.peak_bytes
     lc.restore(fast)
+
+
+def test_sizes_that_vary_share_a_capture() -> None:
+    """History has the size of its run; each size is as if captured by itself."""
+    model, make_inputs = ZOO["dit"].build()
+    policy = lc.Policy(cache=lc.Cache(cut="transformer_blocks.1", interval=3, order=2))
+    fast = lc.transform(model, policy)
+    for size in (8, 12, 8):
+        alone = lc.transform(copy.deepcopy(model), policy.model_copy(update={"dynamic": False}))
+        for step, inputs in enumerate(run_inputs(make_inputs, size, 6)):
+            generator = torch.Generator().manual_seed(step)
+            shape = (*inputs["hidden_states"].shape[:2], size, size)
+            inputs["hidden_states"] = torch.randn(shape, generator=generator)
+            assert_bitwise(plain_step(fast, **inputs), plain_step(alone, **inputs), f"size {size}, step {step}")
+    assert len(lc.inspect(fast).signatures) == 2
