@@ -126,7 +126,9 @@ def resident_bytes() -> int:
 def by_a_fresh_process(one: Mapping[str, Any]) -> str:
     """The same generation, alone."""
     command = [sys.executable, "-m", "benchmarks.soak", "--one", json.dumps(dict(one))]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    return done.stdout.split()[-1]
 
 
 def soak(count: int, seed: int) -> dict[str, Any]:
