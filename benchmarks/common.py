@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import platform
-import re
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,49 +20,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.cli.systems import fake_models as fake_models
+from lightcache_fx.cli.timing import CPU as CPU
+from lightcache_fx.cli.timing import Spread as Spread
+from lightcache_fx.cli.timing import device_named
+from lightcache_fx.cli.timing import environment as environment
+from lightcache_fx.cli.timing import in_turns as in_turns
+from lightcache_fx.cli.timing import pairwise_ratio as pairwise_ratio
+from lightcache_fx.cli.timing import synchronize as synchronize
+from lightcache_fx.errors import ArgumentError
 
 RESULTS = Path(__file__).parent / "results"
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and extremes of repeated figures."""
-
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """The figures as they came."""
-        return cls(tuple(map(float, values)))
-
-    @property
-    def median(self) -> float:
-        """Of an even number of figures the mean of the middle two; NaN of none."""
-        return statistics.median(self.values) if self.values else math.nan
-
-    def as_dict(self) -> dict[str, float | int]:
-        """`median`, `min`, `max`, `count`."""
-        ends = (min(self.values), max(self.values)) if self.values else (math.nan, math.nan)
-        return {"median": self.median, "min": ends[0], "max": ends[1], "count": len(self.values)}
-
-    def format(self, pattern: str = "{:.3f}") -> str:
-        """`3.142 (3.120 to 3.201)`."""
-        facts = self.as_dict()
-        middle, low, high = (pattern.format(facts[key]) for key in ("median", "min", "max"))
-        return middle if len(self.values) == 1 else f"{middle} ({low} to {high})"
-
-
-def pairwise_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """Ratios of figures taken one after the other; a drift of the machine that spans a pair cancels."""
-    return Spread.of(a / b for a, b in zip(numerators, denominators, strict=True))
-
-
-def in_turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
-    """`repeats` rounds of all names, every second round backwards (A B B A), so that none always comes first."""
-    for index in range(repeats):
-        for name in names if index % 2 == 0 else tuple(reversed(names)):
-            yield index, name
 
 
 def usable_device(name: str) -> str:
@@ -74,20 +38,11 @@ def usable_device(name: str) -> str:
     Raises:
         argparse.ArgumentTypeError: it names none, or one that torch does not see.
     """
-    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d*))?", name):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {name!r}")
-    count = 0 if name == "cpu" else torch.cuda.device_count()
-    if name != "cpu" and not count:
-        raise argparse.ArgumentTypeError(f"expected cpu, because torch {torch.__version__} sees no GPU, got {name!r}")
-    if name != "cpu" and (torch.device(name).index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"expected cpu, or cuda:0 to cuda:{count - 1}, got {name!r}")
+    try:
+        device_named(name)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return name
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given; a CPU has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def seconds_of(function: Callable[[], object], device: torch.device = CPU) -> float:
@@ -150,31 +105,6 @@ class Goal:
     def format(self) -> str:
         """`at most 1.02: met`."""
         return f"{self.sense} {self.limit:.3g}: {'met' if self.met else 'not met'}"
-
-
-def environment(device: torch.device = CPU) -> dict[str, Any]:
-    """What a figure depends on: versions, threads, processor, and the GPU if it was one. No host name, no path."""
-    facts = {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "lightcache-fx")},
-        "threads": torch.get_num_threads(),
-        "cores": len(_processors()) or None,
-        "processor": next(iter(_processors()), platform.machine()),
-        "system": platform.system(),
-    }
-    if device.type != "cuda":
-        return facts
-    cudnn = torch.backends.cudnn.version()
-    return facts | {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "cudnn": cudnn}
-
-
-def _processors() -> list[str]:
-    """The model name of each core, as Linux tells it; empty elsewhere."""
-    source = Path("/proc/cpuinfo")
-    if not source.exists():
-        return []
-    lines = source.read_text(encoding="utf-8").splitlines()
-    return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
 
 
 def peak_process_bytes() -> int:

@@ -48,13 +48,9 @@ from examples import animatediff, animatediff_lightning, easyanimate, modelscope
 from examples.random_pipelines import PUBLISHED, SMALL, Scale
 from examples.small_model.sample import first_frame, heldout_clip, load_pipeline
 from examples.small_model.sprites import FPS, IMAGE_SIZE, NUM_FRAMES
-from examples.stages import STAGES, Frames
-from examples.systems import Stopwatch, System, Video, denoiser_of
-from lightcache_fx.liveness import timeline
-from lightcache_fx.module import TransformedModule
-from lightcache_fx.plan import Plan
-from lightcache_fx.quality import compare_videos
-from lightcache_fx.runtime import Runtime
+from examples.systems import Stopwatch, System, Video
+from lightcache_fx.cli.stages import STAGES, predicted_peaks
+from lightcache_fx.quality import Frames, compare_videos
 from lightcache_fx.units import format_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -187,40 +183,6 @@ class Run:
     def totals(self) -> list[float]:
         """Seconds of each measured generation."""
         return [sum(stages.values()) for stages in self.seconds]
-
-
-def predicted_peaks(pipe: Any) -> dict[str, int]:
-    """What our plans say that each stage takes on the device, weights included; nothing of what is not planned.
-
-    What a pipeline holds beside its models (latents, the video that it puts together) is in no plan.
-    """
-    found: dict[str, int] = {}
-    weights = {
-        id(w): w for part in pipe.components.values() if isinstance(part, torch.nn.Module) for w in part.parameters()
-    }
-    everything = sum(weight.nbytes for weight in weights.values())
-    for name, module in pipe.components.items():
-        if not isinstance(module, TransformedModule):
-            continue
-        for method, runtime in module._lightcache.runtimes.items():
-            stage = (
-                "denoise"
-                if module is denoiser_of(pipe)
-                else "decode"
-                if (name, method) == ("vae", "decode")
-                else "encode"
-            )
-            for plan in (compiled.plan for compiled in runtime.compiled.values()):
-                swapped = plan.swap.plan.peak_bytes if plan.swap is not None else None
-                peak = swapped or everything + _peak_beside_weights(runtime, plan)
-                found[stage] = max(found.get(stage, 0), peak)
-    return found
-
-
-def _peak_beside_weights(runtime: Runtime, plan: Plan) -> int:
-    programs = [program for compiled in runtime.compiled.values() for program in compiled.programs.values()]
-    steps = [timeline(p.graph_module.graph).peak_bytes for p in programs if p.name != "prologue"]
-    return max(steps, default=0) + plan.kept_bytes + plan.hoist.num_bytes
 
 
 def explained(error: BaseException) -> str:
@@ -366,11 +328,12 @@ def _versions() -> dict[str, str]:
 
 def _digest(way: str) -> str:
     """Of the sources that a cell depends on: the way's own, the scripts' and, where it is ours, the whole package's."""
-    files = [ROOT / "examples" / name for name in ("random_pipelines.py", "systems.py", "stages.py")]
+    files = [ROOT / "examples" / name for name in ("random_pipelines.py", "systems.py")]
+    files += [ROOT / "lightcache_fx" / "cli" / name for name in ("stages.py", "timing.py")]
     if way in OURS:
         files += [path for folder in ("lightcache_fx", "passes") for path in (ROOT / folder).rglob("*.py")]
     digest = hashlib.sha256(inspect.getsource(WAYS[way]).encode())
-    for path in sorted(files):
+    for path in sorted(set(files)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -9,7 +9,6 @@ A script says how its pipeline is loaded and made; `command` gives it a command 
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,15 +20,16 @@ import torch
 import typer
 from diffusers.utils import load_image
 from PIL import Image
-from torch import nn
 
 import lightcache_fx as lc
-from examples.pictures import to_pixels, write_mp4
 from examples.random_pipelines import PUBLISHED, SMALL, Scale, arguments_without_text
-from examples.stages import STAGES, Frames, watched
+from lightcache_fx.cli.pictures import to_pixels, write_mp4
 from lightcache_fx.cli.presets import PRESETS
-from lightcache_fx.measure import measure_stages
-from lightcache_fx.module import TransformedModule
+from lightcache_fx.cli.stages import STAGES, Stopwatch, place
+from lightcache_fx.cli.stages import denoiser_of as denoiser_of
+from lightcache_fx.cli.stages import modules_of as modules_of
+from lightcache_fx.cli.stages import resident_weight_bytes as resident_weight_bytes
+from lightcache_fx.quality import Frames
 from lightcache_fx.units import format_bytes
 
 
@@ -123,88 +123,6 @@ class System:
 def random_image(width: int, height: int) -> Image.Image:
     """Noise, for a model with random weights."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def denoiser_of(pipe: Any) -> Any:
-    """The U-Net or the transformer."""
-    parts = pipe.components
-    return parts["unet"] if "unet" in parts else parts["transformer"]
-
-
-def modules_of(pipe: Any) -> list[nn.Module]:
-    """The networks of a pipeline."""
-    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-
-
-def resident_weight_bytes(pipe: Any, device: torch.device) -> int:
-    """Bytes of the weights that are on the device and never leave: all but those bound to their copies elsewhere."""
-    homes = [
-        runtime.homes
-        for module in modules_of(pipe)
-        if isinstance(module, TransformedModule)
-        for runtime in module._lightcache.runtimes.values()
-    ]
-    weights = [weight for module in modules_of(pipe) for weight in module.parameters()]
-    here = [weight for weight in weights if weight.device.type == device.type]
-    return sum(weight.nbytes for weight in here if not any(home.is_home(weight) for home in homes))
-
-
-@dataclass
-class Stopwatch:
-    """Watches the stages of a pipeline's generations, whose scheduler it replaces before anything is transformed.
-
-    Attributes:
-        seconds: of each stage of the last generation.
-        listener: told of each stage as it begins, if there is one.
-    """
-
-    pipe: Any
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-    listener: Callable[[str], None] | None = None
-
-    def __post_init__(self) -> None:
-        self._stage, self._since = "", 0.0
-        self.pipe.scheduler = watched(self.pipe.scheduler, self.begin)
-
-    def begin(self, stage: str) -> None:
-        """A stage begins, or, with an empty name, none."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        if self._stage:
-            self.seconds[self._stage] = now - self._since
-        self._stage, self._since = stage, now
-        if self.listener is not None and stage:
-            self.listener(stage)
-
-    def run(self, generate: Callable[[], Frames]) -> Frames:
-        """Generate once."""
-        self.seconds.clear()
-        self.begin(STAGES[0])
-        frames = generate()
-        self.begin("")
-        return frames
-
-    def peaks(self, generate: Callable[[], Frames]) -> dict[str, int]:
-        """The most bytes that each stage of one more generation takes, weights that never leave included."""
-
-        def listened(begin: Callable[[str], None]) -> Frames:
-            self.listener = begin
-            try:
-                return self.run(generate)
-            finally:
-                self.listener = None
-
-        found = measure_stages(listened, device_type=self.device.type)
-        return {stage: peak + resident_weight_bytes(self.pipe, self.device) for stage, peak in found.items()}
-
-
-def place(pipe: Any, policy: lc.Policy | None, device: torch.device) -> tuple[Any, lc.Policy | None]:
-    """A pipeline where its policy wants it: what swaps to a GPU stays in host memory, everything else is moved."""
-    if policy is None or policy.swap is None or device.type == "cpu":
-        return pipe.to(device), policy
-    return pipe, policy.model_copy(update={"swap": lc.Swap(device=str(device))})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import lightcache_fx as lc
-from benchmarks import command_line, denoise, graphs, memory, plans, swap, swap_gpu, swap_plans, systems
+from benchmarks import command_line, denoise, full_size, graphs, memory, plans, swap, swap_gpu, swap_plans, systems
 from benchmarks import compile as compile_benchmark
 from benchmarks.common import (
     Goal,
@@ -785,3 +785,62 @@ def test_full_size_systems_need_a_gpu(gpus, capsys):
     assert options.out.name == "systems-cuda.json"
     full = systems.case_of("svd-xt", options)
     assert (full.scale.widths, str(full.video)) == (None, "25 x 576 x 1024, 25 steps")
+
+
+@pytest.fixture
+def small_svd(monkeypatch):
+    """Stable Video Diffusion's preset with small models, called as the published one is."""
+    unet = {
+        "sample_size": 8, "block_out_channels": (32, 64), "num_attention_heads": (1, 2), "layers_per_block": 1,
+        "cross_attention_dim": 16, "in_channels": 8, "projection_class_embeddings_input_dim": 24,
+        "addition_time_embed_dim": 8, "num_frames": 4,
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    }  # fmt: skip
+    vae = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "latent_channels": 4}
+    preset = full_size.PRESETS["svd-xt"]
+    configs = {"unet": unet, "vae": vae}
+    components = tuple(replace(c, config=configs[c.name]) for c in preset.components if c.name in configs)
+    defaults = replace(preset.defaults, height=32, width=32, frames=4, decode_frames=2)
+    small = replace(preset, components=components, defaults=defaults)
+    monkeypatch.setattr(full_size, "PRESETS", {"svd-xt": small})
+    return small
+
+
+def test_what_the_package_keeps_on_fake_tensors_is_what_it_keeps(small_svd):
+    from DeepCache import DeepCacheSDHelper
+
+    made = full_size.make(small_svd, full_size.Wish(dtype="float32"), whole=False)
+    (stage,) = made.stages
+    kept = full_size.deepcache_step(stage, 10**9, interval=3)
+    unet = diffusers.UNetSpatioTemporalConditionModel(**small_svd.component("unet").config).eval()
+    inputs = {name: torch.ones(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v
+              for name, v in stage.kwargs.items()}  # fmt: skip
+    sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
+    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=[timestep])))
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    helper.enable()
+    with torch.no_grad():
+        unet(sample, timestep, **inputs)
+    assert (kept.num_tensors, kept.num_bytes) == tensor_bytes(helper.cached_output)
+    assert 10**9 < kept.step_bytes <= 10**9 + kept.num_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # it plans, and planning takes the processor alone
+def test_peaks_at_full_size(small_svd, tmp_path):
+    out = tmp_path / "full_size.json"
+    full_size.main(["--out", str(out), "--figures", str(tmp_path)])
+    ways = json.loads(out.read_text())["systems"]["svd-xt"]["ways"]
+    assert list(ways) == ["plain", "deepcache", "cache", "lightcache"]
+    plain, deepcache, cache, ours = (way["peak_bytes"] for way in ways.values())
+    assert set(plain) == {"encode", "denoise", "decode"}
+    assert deepcache["denoise"] > cache["denoise"]
+    assert deepcache["decode"] - plain["decode"] == ways["deepcache"]["kept_bytes"]
+    assert cache["decode"] == plain["decode"]
+    assert max(ours.values()) < max(plain.values())
+    assert "nothing here has been measured" in out.with_suffix(".md").read_text()
+    assert (tmp_path / "full_size.svg").stat().st_size
+    before = out.read_text()
+    full_size.main(["--out", str(out), "--figures", str(tmp_path), "--draw"])
+    assert out.read_text() == before

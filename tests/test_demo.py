@@ -17,12 +17,13 @@ from skimage.metrics import peak_signal_noise_ratio
 from typer.testing import CliRunner, Result
 
 from examples import demo, stable_video_diffusion
-from examples.pictures import HEADER, LOOPS, MARGIN, PANEL
-from examples.report import BUSY_CORES
 from examples.small_model import config
 from examples.small_model.sample import first_frame, heldout_clip
 from examples.small_model.sprites import NUM_FRAMES
-from examples.stages import STAGES, Meter
+from lightcache_fx.cli.app import app
+from lightcache_fx.cli.demo_report import BUSY_CORES
+from lightcache_fx.cli.pictures import HEADER, LOOPS, MARGIN, PANEL
+from lightcache_fx.cli.stages import STAGES, Meter
 
 STEPS = 4
 # imageio's ffmpeg plugin leaves the pipes of its reader to the garbage collector.
@@ -48,13 +49,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scheduler=config.make_scheduler(),
         feature_extractor=config.make_feature_extractor(),
     ).save_pretrained(folder)
+    first_frame(heldout_clip(0)).save(folder / "first_frame.png")
+    (folder / "example.yaml").write_text("{image: first_frame.png, height: 32, width: 32}\n")
     return folder
 
 
-def _run(*arguments: object, main: Any = demo.main) -> Result:
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def _run(*arguments: object, main: Any = None) -> Result:
+    if main is None:
+        return CliRunner().invoke(app, ["demo", *(str(argument) for argument in arguments)])
+    script = typer.Typer()
+    script.command()(main)
+    return CliRunner().invoke(script, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,11 @@ def test_gifs(results: tuple[Path, str], name: str, size: tuple[int, int]) -> No
 def test_gif_shows_the_frames(results: tuple[Path, str], frames: dict[str, np.ndarray]) -> None:
     shown = iio.imread(results[0] / "accelerated.gif")[:, ::8, ::8] / 255
     assert np.abs(shown - frames["accelerated"]).mean() < 0.05  # 256 colours a frame
+
+
+def test_contact_sheet(results: tuple[Path, str]) -> None:
+    with Image.open(results[0] / "contact_sheet.png") as sheet:
+        assert sheet.size == (MARGIN + NUM_FRAMES * (PANEL + MARGIN), MARGIN + 3 * (HEADER + PANEL + MARGIN))
 
 
 @READS_MP4
@@ -171,7 +181,7 @@ def test_interval_1_gives_identical_frames(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nowhere"], "no pipeline in nowhere (it has no model_index.json)"),
+        (["--model", "nowhere"], "there is no folder nowhere, and it is no model id"),
         (["--interval", 0], "interval: Input should be greater than or equal to 1, got 0"),
         (["--steps", 0], "--steps must be at least 1, got 0"),
         (["--repeats", -1], "--repeats must be at least 1, got -1"),
@@ -186,7 +196,7 @@ def test_mistakes_give_one_line(
     Path("bad.yaml").write_text("cashe: {cut: 0, interval: 3}\n")
     result = _run(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("demo: ")
+    assert result.stderr.startswith("lightcache-fx: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
@@ -202,7 +212,22 @@ def test_broken_weights_and_impossible_cuts_give_one_line(model: Path, tmp_path:
     (broken / "model_index.json").write_text((model / "model_index.json").read_text())
     missing = _run("--model", broken, "--out", tmp_path)
     assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1), missing.stderr
-    assert missing.stderr.startswith("demo: cannot load the pipeline in ")
+    assert missing.stderr.startswith("lightcache-fx: cannot load the pipeline in ")
+
+
+def test_the_script_gives_the_command_a_held_out_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def command(arguments: list[str], prog_name: str) -> None:
+        given.extend(arguments)
+        with Image.open(arguments[arguments.index("--image") + 1]) as image:
+            assert (np.asarray(image) == np.asarray(first_frame(heldout_clip(3)))).all()
+
+    monkeypatch.setattr(demo, "app", command)
+    demo.main(["--clip", "3", "--steps", "4"])
+    assert given[0] == "demo"
+    assert given[given.index("--argument") + 1] == f"motion_bucket_id={heldout_clip(3).motion_bucket_id}"
+    assert given[-2:] == ["--steps", "4"]
 
 
 def test_meter_counts_bytes_alive_at_once() -> None:

@@ -12,6 +12,7 @@ _NEEDED = ("typer", "click", "typing_extensions", "shellingham")
 def main() -> None:
     """Run the command that `sys.argv` names; exits with 0, 1 where a comparison failed, or 2 for a mistake."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns as it is imported, if torchvision is not there
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler, by which peaks are measured, tells each use
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries' own, which are nothing to a user
     try:

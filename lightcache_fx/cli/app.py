@@ -9,7 +9,8 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
-from lightcache_fx.cli import planning
+from lightcache_fx.cli import measuring, planning
+from lightcache_fx.cli.measuring import FAILED
 from lightcache_fx.cli.output import busy, console, print_json, say, show
 from lightcache_fx.cli.planning import Dtype, Kind, Planned, Wish
 from lightcache_fx.cli.presets import PRESETS
@@ -22,8 +23,8 @@ from lightcache_fx.reports import inspect as inspect_module
 from lightcache_fx.units import format_bytes
 from lightcache_fx.version import __version__
 
-FAILED, MISTAKE = 1, 2
-"""Exit codes: what was asked for does not hold; what was asked for cannot be done."""
+MISTAKE = 2
+"""Exit code: what was asked for cannot be done."""
 
 
 class Commands(TyperGroup):
@@ -166,6 +167,12 @@ def _print_plan(planned: Planned) -> None:
             gain = f"{found.flop_bound_speedup(request.steps):.2f}x"
             show(f"by FLOPs alone, {request.steps} steps are at most {gain} as fast as without caching")
     say(f"planned in {planned.seconds:.1f} s")
+
+
+app.command(epilog="Example: lightcache-fx demo --model my/pipeline --prompt 'a red box' --interval 4")(measuring.demo)
+app.command(epilog="Example: lightcache-fx bench my/pipeline --prompt 'a red box' --interval 4 --out bench.json")(
+    measuring.bench
+)
 
 
 @app.command(epilog="Example: lightcache-fx compare plain.mp4 accelerated.mp4 --fail-below psnr=30")

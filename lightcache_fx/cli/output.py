@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -45,9 +46,13 @@ def _row_by_row(table: Table) -> Iterator[str]:
         yield from (f"    {head}: {cell}" for head, cell in zip(heads[1:], others, strict=True) if cell)
 
 
-def print_json(facts: dict[str, Any]) -> None:
-    """Print JSON, in which null stands for what is not finite."""
-    print(json.dumps(_finite(facts), indent=2, allow_nan=False))
+def print_json(facts: dict[str, Any], out: Path | None = None) -> None:
+    """Print JSON, in which null stands for what is not finite, or write it to a file."""
+    text = json.dumps(_finite(facts), indent=2, allow_nan=False)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Watching one generation stage by stage: encode, denoise, decode; without changing pipeline or models.
+"""Watching one generation stage by stage: encode, denoise, decode; without changing what a pipeline computes.
 
-Stages are told apart by what the pipeline does: it sets the scheduler's timesteps when everything is encoded, and calls
-back after each denoising step.
+Stages are told apart by what the pipeline does: it sets the scheduler's timesteps when everything is encoded, and asks
+for the last of its steps before it decodes.
 """
 
 from __future__ import annotations
@@ -9,34 +9,28 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
-from unittest import mock
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
-from diffusers import StableVideoDiffusionPipeline
-from numpy.typing import NDArray
-from PIL import Image
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from lightcache_fx.cli.systems import DENOISERS
+from lightcache_fx.cli.timing import synchronize
+from lightcache_fx.errors import ArgumentError
+from lightcache_fx.liveness import timeline
+from lightcache_fx.measure import measure_stages
+from lightcache_fx.module import TransformedModule
+from lightcache_fx.plan import Plan
+from lightcache_fx.policy import Policy, Swap
+from lightcache_fx.runtime import Runtime
+
 STAGES = ("encode", "denoise", "decode")
-Frames = NDArray[np.float32]
-"""RGB in 0..1: (frames, height, width, 3)."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the pipeline: `image` is the first frame, `seed` decides all noise."""
-
-    image: Image.Image
-    steps: int
-    seed: int
-    fps: int
-    motion_bucket_id: int
+T = TypeVar("T")
 
 
 class Observer(Protocol):
@@ -45,50 +39,15 @@ class Observer(Protocol):
     def stage(self, name: str) -> None:
         """Stage `name` of `STAGES` begins, or `done`."""
 
-    def step(self, pipe: StableVideoDiffusionPipeline) -> None:
+    def step(self) -> None:
         """A denoising step has ended."""
 
 
-def generate(pipe: StableVideoDiffusionPipeline, request: Request, observers: Sequence[Observer] = ()) -> Frames:
-    """Run the pipeline once and tell the observers, in order, where it is."""
-
-    def begin(name: str) -> None:
-        for observer in observers:
-            observer.stage(name)
-
-    def step_ended(pipe: StableVideoDiffusionPipeline, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
-        for observer in observers:
-            observer.step(pipe)
-        if step == pipe.num_timesteps - 1:
-            begin("decode")
-        return {}
-
-    set_timesteps = pipe.scheduler.set_timesteps
-
-    @functools.wraps(set_timesteps)
-    def steps_are_set(*args: Any, **kwargs: Any) -> None:
-        begin("denoise")
-        set_timesteps(*args, **kwargs)
-
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    begin("encode")
-    with mock.patch.object(pipe.scheduler, "set_timesteps", steps_are_set):
-        frames = pipe(
-            request.image,
-            height=size,
-            width=size,
-            num_inference_steps=request.steps,
-            fps=request.fps,
-            motion_bucket_id=request.motion_bucket_id,
-            generator=torch.Generator().manual_seed(request.seed),
-            output_type="np",
-            callback_on_step_end=step_ended,
-        ).frames[0]
-    begin("done")
-    return np.asarray(frames, dtype=np.float32)
+def _nothing() -> None:
+    """Nobody is told."""
 
 
-def watched(scheduler: Any, begin: Callable[[str], None]) -> Any:
+def watched(scheduler: Any, begin: Callable[[str], None], stepped: Callable[[], None] = _nothing) -> Any:
     """A scheduler that is the given one and tells which stage begins: for any pipeline, whatever it calls back.
 
     Denoising begins as the timesteps are set, decoding with the last step's end. A pipeline's call begins encoding.
@@ -96,6 +55,7 @@ def watched(scheduler: Any, begin: Callable[[str], None]) -> Any:
     Args:
         scheduler: of a diffusers pipeline; it stays as it is.
         begin: called with `denoise` and `decode`.
+        stepped: called as each step ends, before decoding begins.
     """
     cls = type(scheduler)
     steps_left = 0
@@ -112,12 +72,144 @@ def watched(scheduler: Any, begin: Callable[[str], None]) -> Any:
         nonlocal steps_left
         result = cls.step(self, *args, **kwargs)
         steps_left -= 1
+        stepped()
         if steps_left == 0:
             begin("decode")
         return result
 
-    watching = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "step": step})
+    watching: Any = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "step": step})
     return watching.from_config(scheduler.config)
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The U-Net or the transformer.
+
+    Raises:
+        ArgumentError: the pipeline has neither.
+    """
+    for name in DENOISERS:
+        if name in pipe.components:
+            return pipe.components[name]
+    raise ArgumentError(f"{type(pipe).__name__} has no {' and no '.join(DENOISERS)} to accelerate")
+
+
+def modules_of(pipe: Any) -> list[nn.Module]:
+    """The networks of a pipeline."""
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def resident_weight_bytes(pipe: Any, device: torch.device) -> int:
+    """Bytes of the weights that are on the device and never leave: all but those bound to their copies elsewhere."""
+    homes = [
+        runtime.homes
+        for module in modules_of(pipe)
+        if isinstance(module, TransformedModule)
+        for runtime in module._lightcache.runtimes.values()
+    ]
+    weights = [weight for module in modules_of(pipe) for weight in module.parameters()]
+    here = [weight for weight in weights if weight.device.type == device.type]
+    return sum(weight.nbytes for weight in here if not any(home.is_home(weight) for home in homes))
+
+
+def place(pipe: Any, policy: Policy | None, device: torch.device) -> tuple[Any, Policy | None]:
+    """A pipeline where its policy wants it: what swaps to a GPU stays in host memory, everything else is moved."""
+    if policy is None or not policy.is_about_memory() or device.type == "cpu":
+        return pipe.to(device), policy
+    swap = policy.swap or Swap()
+    if not swap.weights:
+        return pipe.to(device), policy
+    return pipe, policy.model_copy(update={"swap": swap.model_copy(update={"device": str(device)})})
+
+
+@dataclass
+class Stopwatch:
+    """Watches the stages of a pipeline's generations, whose scheduler it replaces before anything is transformed.
+
+    Attributes:
+        pipe: whose weights count; a transformed one that was made of it may be put in its place.
+        device: that it runs on.
+        seconds: of each stage of the last generation.
+        listener: told of each stage as it begins, if there is one.
+        observers: told of each stage and step of the generation that is under way.
+    """
+
+    pipe: Any
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    listener: Callable[[str], None] | None = None
+    observers: tuple[Observer, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._stage, self._since = "", 0.0
+        self.pipe.scheduler = watched(self.pipe.scheduler, self.begin, self._stepped)
+
+    def begin(self, stage: str) -> None:
+        """A stage begins, or, with an empty name, none."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self._stage:
+            self.seconds[self._stage] = now - self._since
+        self._stage, self._since = stage, now
+        if self.listener is not None and stage:
+            self.listener(stage)
+        for observer in self.observers:
+            observer.stage(stage or "done")
+
+    def _stepped(self) -> None:
+        for observer in self.observers:
+            observer.step()
+
+    def run(self, generate: Callable[[], T], *observers: Observer) -> T:
+        """Generate once and tell the observers, in order, where it is."""
+        self.seconds.clear()
+        self._stage, self.observers = "", observers
+        try:
+            self.begin(STAGES[0])
+            result = generate()
+            self.begin("")
+        finally:
+            self.observers = ()
+        return result
+
+    def peaks(self, generate: Callable[[], object], *observers: Observer) -> dict[str, int]:
+        """The most bytes that each stage of one more generation takes, weights that never leave included."""
+
+        def listened(begin: Callable[[str], None]) -> object:
+            self.listener = begin
+            try:
+                return self.run(generate, *observers)
+            finally:
+                self.listener = None
+
+        found = measure_stages(listened, device_type=self.device.type)
+        return {stage: peak + resident_weight_bytes(self.pipe, self.device) for stage, peak in found.items()}
+
+
+def predicted_peaks(pipe: Any) -> dict[str, int]:
+    """What our plans say that each stage takes on the device, weights included; nothing of what is not planned.
+
+    What a pipeline holds beside its models (latents, the video that it puts together) is in no plan.
+    """
+    found: dict[str, int] = {}
+    weights = {id(weight): weight for module in modules_of(pipe) for weight in module.parameters()}
+    everything = sum(weight.nbytes for weight in weights.values())
+    for name, module in pipe.components.items():
+        if not isinstance(module, TransformedModule):
+            continue
+        for method, runtime in module._lightcache.runtimes.items():
+            decodes = "decode" if (name, method) == ("vae", "decode") else "encode"
+            stage = "denoise" if module is denoiser_of(pipe) else decodes
+            for plan in (compiled.plan for compiled in runtime.compiled.values()):
+                swapped = plan.swap.plan.peak_bytes if plan.swap is not None else None
+                peak = swapped or everything + _peak_beside_weights(runtime, plan)
+                found[stage] = max(found.get(stage, 0), peak)
+    return found
+
+
+def _peak_beside_weights(runtime: Runtime, plan: Plan) -> int:
+    programs = [program for compiled in runtime.compiled.values() for program in compiled.programs.values()]
+    steps = [timeline(p.graph_module.graph).peak_bytes for p in programs if p.name != "prologue"]
+    return max(steps, default=0) + plan.kept_bytes + plan.hoist.num_bytes
 
 
 class Clock:
@@ -142,7 +234,7 @@ class Clock:
             self.cores = (time.process_time() - self._cpu_began) / sum(self.seconds.values())
         self._stage, self._since, self._step_since = name, now, now
 
-    def step(self, _pipe: StableVideoDiffusionPipeline) -> None:
+    def step(self) -> None:
         """Close the step."""
         now = time.perf_counter()
         self.step_seconds.append(now - self._step_since)
@@ -157,7 +249,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
         self.peak_bytes: dict[str, int] = {}
         self.flops: dict[str, int] = {}
         self.operators = 0
@@ -175,11 +267,11 @@ class Meter(TorchDispatchMode):
 
     def __enter__(self) -> Meter:
         self._counter.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._counter.__exit__(*error)
 
     def stage(self, name: str) -> None:
@@ -192,7 +284,7 @@ class Meter(TorchDispatchMode):
             self.begins[name] = self.operators
         self._stage, self._flops_before = name, total
 
-    def step(self, _pipe: StableVideoDiffusionPipeline) -> None:
+    def step(self) -> None:
         """Steps are not told apart here."""
 
     def __torch_dispatch__(

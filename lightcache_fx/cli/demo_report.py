@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from examples.stages import STAGES, Frames
-from lightcache_fx.quality import Quality
+from lightcache_fx.cli.stages import STAGES
+from lightcache_fx.quality import Frames, Quality
 from lightcache_fx.units import format_bytes
 
 DATA_RANGE = 1.0

@@ -1,4 +1,4 @@
-"""The demo's pictures: videos, the side-by-side with its difference map, and the plot of the stages."""
+"""The demo's pictures: videos, the side-by-side with its difference map, a contact sheet, a plot of the stages."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from matplotlib.font_manager import findfont
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from examples.report import Comparison
-from examples.stages import STAGES, Frames
+from lightcache_fx.cli.demo_report import Comparison
+from lightcache_fx.cli.stages import STAGES
+from lightcache_fx.quality import Frames
 
 PANEL = 256
 """Least pixels of a shown frame's height; smaller ones are enlarged by a whole factor."""
@@ -23,6 +24,8 @@ GAIN = 8
 """Differences are shown so many times as large."""
 LOOPS = 4
 """How often the MP4 repeats the clip, which lasts about a second."""
+SHEET_FRAMES = 8
+"""On the contact sheet, at most."""
 MARGIN, HEADER = 8, 32
 PAPER, INK = (250, 250, 250), (30, 30, 30)
 COLOURS = {"plain": "#7a8799", "accelerated": "#e0662f"}
@@ -62,6 +65,22 @@ def side_by_side(panels: Sequence[tuple[str, Pixels]]) -> Pixels:
     return video
 
 
+def contact_sheet(panels: Sequence[tuple[str, Pixels]], most: int = SHEET_FRAMES) -> Image.Image:
+    """Labelled videos of one size below each other, each a row of at most so many of its frames, evenly chosen."""
+    num_frames, height, width, _ = panels[0][1].shape
+    chosen = np.unique(np.linspace(0, num_frames - 1, min(most, num_frames)).round().astype(int))
+    row = HEADER + height
+    sheet = Image.new("RGB", (MARGIN + len(chosen) * (width + MARGIN), MARGIN + len(panels) * (row + MARGIN)), PAPER)
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 15)
+    draw = ImageDraw.Draw(sheet)
+    for number, (label, pixels) in enumerate(panels):
+        top = MARGIN + number * (row + MARGIN)
+        draw.text((MARGIN, top + HEADER / 2), label, fill=INK, font=font, anchor="lm")
+        for place, frame in enumerate(chosen):
+            sheet.paste(Image.fromarray(pixels[frame]), (MARGIN + place * (width + MARGIN), top + HEADER))
+    return sheet
+
+
 def write_gif(pixels: Pixels, path: Path, fps: int) -> None:
     """Write an endless GIF."""
     first, *others = [Image.fromarray(frame) for frame in pixels]
@@ -74,7 +93,7 @@ def write_mp4(pixels: Pixels, path: Path, fps: int) -> None:
 
 
 def write_videos(comparison: Comparison, folder: Path, fps: int) -> None:
-    """Write the two GIFs and the side-by-side as GIF and MP4."""
+    """Write the two GIFs, the side-by-side as GIF and MP4, and the contact sheet."""
     plain, accelerated = comparison.plain.frames, comparison.accelerated.frames
     seconds = comparison.accelerated.seconds["total"]
     panels = [
@@ -87,6 +106,7 @@ def write_videos(comparison: Comparison, folder: Path, fps: int) -> None:
     video = side_by_side(panels)
     write_gif(video, folder / "side_by_side.gif", fps)
     write_mp4(np.tile(video, (LOOPS, 1, 1, 1)), folder / "side_by_side.mp4", fps)
+    contact_sheet(panels).save(folder / "contact_sheet.png", optimize=True)
 
 
 def plot_stages(comparison: Comparison, path: Path) -> None:
