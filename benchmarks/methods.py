@@ -118,7 +118,13 @@ def ways(name: str, family: str, pipe: Any, log: Callable[[str], None]) -> Itera
             best = [point for point in (best_of(found, speed) for speed in SPEEDS) if point is not None]
             points = {(*point.full_steps, str(point.cut), point.order): point for point in best}
             for point in points.values():
-                yield f"{point.cut}, order {point.order}, {point.full_steps}", point.cache(found.num_steps)
+                steps = " ".join(map(str, point.full_steps))
+                yield f"{_kept(point.cut)}, order {point.order}, full {steps}", point.cache(found.num_steps)
+
+
+def _kept(cut: Any) -> str:
+    """A cut in few words."""
+    return f"{cut.first} .. {cut.last}" if isinstance(cut, lc.Residual) else f"branch {cut}"
 
 
 def best_of(calibration: lc.Calibration, speed: float) -> lc.Point | None:
@@ -232,7 +238,7 @@ def draw(rows: Mapping[str, Any], folder: Path = FOLDER) -> None:
             _curves(line[0], of_model, median_psnr, f"{name}: PSNR, dB")
             _curves(line[1], of_model, lambda row: float(np.median(row["ssim"])), f"{name}: SSIM")
             _violins(line[2], of_model, f"{name}: PSNR by clip, dB")
-        panels[0][0].legend(frameon=False, fontsize=8)
+        panels[-1][0].legend(frameon=False, fontsize=8)
 
 
 def _curves(
