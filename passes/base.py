@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -120,3 +121,10 @@ def find_kept(by_name: Mapping[str, fx.Node], name: str, pass_name: str) -> fx.N
             f" or the plan made for another graph?"
         )
     return by_name[name]
+
+
+def typed_call(graph: fx.Graph, target: torch._ops.OpOverload, *args: Any) -> fx.Node:
+    """A new call where the graph inserts now, its type found by running it on the arguments' fake values."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import fx
@@ -12,7 +11,7 @@ from torch import fx
 from lightcache_fx.cuts import Slot
 from lightcache_fx.extrapolation import COEFFICIENTS, num_coefficients, older_name
 from lightcache_fx.graphs import GraphInput, input_of, placeholders
-from lightcache_fx.passes.base import PassResult
+from lightcache_fx.passes.base import PassResult, typed_call
 
 aten = torch.ops.aten
 
@@ -57,7 +56,9 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
     }
     point = last_input.next
     with graph.inserting_before(point):
-        numbers = [_call(graph, aten.select.int, coefficients, 0, place) for place in range(num_coefficients(order))]
+        numbers = [
+            typed_call(graph, aten.select.int, coefficients, 0, place) for place in range(num_coefficients(order))
+        ]
     gaps, weights = numbers[:order], numbers[order:]
     for slot, differences in values.items():
         users = [user for user in slot.users if user.op != "placeholder"]
@@ -65,10 +66,12 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
             total = slot
             for weight in weights:
                 differences = [
-                    _call(graph, aten.div.Tensor, _call(graph, aten.sub.Tensor, newer, older), gap)
+                    typed_call(graph, aten.div.Tensor, typed_call(graph, aten.sub.Tensor, newer, older), gap)
                     for (newer, older), gap in zip(pairwise(differences), gaps, strict=False)
                 ]
-                total = _call(graph, aten.add.Tensor, total, _call(graph, aten.mul.Tensor, differences[0], weight))
+                total = typed_call(
+                    graph, aten.add.Tensor, total, typed_call(graph, aten.mul.Tensor, differences[0], weight)
+                )
         for user in users:
             user.replace_input_with(slot, total)
     return PassResult(graph, True, {"slots": len(read), "order": order})
@@ -76,9 +79,3 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
 
 def _older(slot: fx.Node, age: int) -> GraphInput:
     return GraphInput("history", older_name(input_of(slot).name, age), "latent")
-
-
-def _call(graph: fx.Graph, target: torch._ops.OpOverload, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return node

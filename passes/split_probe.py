@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -15,7 +13,7 @@ from lightcache_fx.graphs import (
     output_node,
     owns_its_storage,
 )
-from lightcache_fx.passes.base import PassResult, find_kept
+from lightcache_fx.passes.base import PassResult, find_kept, typed_call
 from lightcache_fx.passes.split_run_invariants import read_from_input
 from lightcache_fx.probing import ProbePlan
 
@@ -56,22 +54,16 @@ def probe_of(graph: fx.Graph, *, plan: ProbePlan) -> fx.Graph:
     with probe.inserting_before(end):
         base = find_kept(by_name, plan.base, "split_probe") if plan.base is not None else None
         if base is not None:
-            now = _call(probe, aten.sub.Tensor, node, base)
+            now = typed_call(probe, aten.sub.Tensor, node, base)
         else:  # a view would keep alive what it is a view of, and an input may be written to
-            now = node if owns_its_storage(node) else _call(probe, aten.clone.default, node)
+            now = node if owns_its_storage(node) else typed_call(probe, aten.clone.default, node)
         given = GraphInput("indicator", INDICATOR, "latent")
         old.meta = {"val": torch.empty_like(now.meta["val"]), "lightcache_input": given}
-        difference = _call(probe, aten.abs.default, _call(probe, aten.sub.Tensor, now, old))
-        size = _call(probe, aten.mean.default, _call(probe, aten.abs.default, old))
-        change = _call(probe, aten.div.Tensor, _call(probe, aten.mean.default, difference), size)
+        difference = typed_call(probe, aten.abs.default, typed_call(probe, aten.sub.Tensor, now, old))
+        size = typed_call(probe, aten.mean.default, typed_call(probe, aten.abs.default, old))
+        change = typed_call(probe, aten.div.Tensor, typed_call(probe, aten.mean.default, difference), size)
     handed = [find_kept(by_name, value.node, "split_probe") for value in plan.handed]
     end.args = ((change, now, *handed),)
     eliminate_dead_code(probe)
     drop_unused_inputs(probe, ("weight", "constant", "hoisted", "user"))
     return probe
-
-
-def _call(graph: fx.Graph, target: torch._ops.OpOverload, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return node

@@ -16,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 import lightcache_fx as lc
+from cli_runs import mistake, run
 from examples.small_model import config
 from lightcache_fx import cli
 from lightcache_fx.cli import planning, presets, recipes, systems
@@ -29,21 +30,6 @@ from zoo import ZOO
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "examples" / "small_model" / "svd-sprites"
 SAVES = pytest.mark.filterwarnings("ignore:.*:UserWarning")
-
-
-def run(*arguments, code=0, env=None):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def mistake(*arguments):
-    """The one line of a mistake; nothing else is printed."""
-    result = run(*arguments, code=2)
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("lightcache-fx: ")
-    return result.stderr.removeprefix("lightcache-fx: ").rstrip("\n")
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from typer.testing import CliRunner
 
 import lightcache_fx as lc
+from cli_runs import mistake, run
 from lightcache_fx.cli import generating
-from lightcache_fx.cli.app import app
 from lightcache_fx.cli.benching import read_policies
 from lightcache_fx.cli.generating import Asked, call_of, example_of, generator_of, open_pipeline, read_arguments
 from lightcache_fx.cli.pictures import HEADER, MARGIN, contact_sheet
@@ -26,20 +25,6 @@ ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "examples" / "small_model" / "svd-sprites"
 SMALL = ("--height", 32, "--width", 32, "--steps", 3)
 STAGES = {"encode", "denoise", "decode"}
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def mistake(*arguments):
-    """The one line of a mistake; nothing else is printed."""
-    result = run(*arguments, code=2)
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr.removeprefix("lightcache-fx: ").rstrip("\n")
 
 
 @pytest.fixture(scope="module")
