@@ -357,6 +357,7 @@ class _NoWork:
         self.weights = program.weights
         self.user_inputs = program.user_inputs
         self.slots_read = program.slots_read
+        self.slot_buffers = None
         self.runs = 0
         self._program = program.program
         self._nothing = torch.empty(0, device=device)
