@@ -15,9 +15,10 @@ from lightcache_fx.cli.presets import PRESETS
 from lightcache_fx.errors import LightcacheError, PolicyError
 from lightcache_fx.published import PUBLISHED
 
-CACHE_KEYS = "cut, interval, steps, mask, first, last, num_steps"
+CACHE_KEYS = "cut, interval, steps, mask, magnitude, adaptive, order, guard, first, last, num_steps"
 POLICY_KEYS = (
-    "cache, hoist, max_hoisted_bytes, rates, chunk, decode, swap, memory_budget, calls_per_step, compile, "
+    "cache, quality, speedup, calibration, hoist, max_hoisted_bytes, rates, "
+    "chunk, decode, swap, memory_budget, calls_per_step, compile, "
     "max_signatures, dynamic"
 )
 CUTS = "expected a depth (0, 1, 2, ...), a module path or a list of them, Residual(first=..., last=...) or 'auto'"
@@ -238,10 +239,10 @@ CACHE_WORDING: list[tuple[dict[str, Any], str]] = [
     ({"cut": None, "interval": 2}, f"Cache: cut: {CUTS}, got None"),
     ({"cut": ["a", 3], "interval": 2}, f"Cache: cut: {CUTS}, got ['a', 3]"),
     ({"cut": ["a", "b", "a"], "interval": 2}, "Cache: cut: names 'a' twice; name each module once"),
-    ({"cut": 0}, "Cache: expected exactly one of interval, steps, mask; got none"),
+    ({"cut": 0}, "Cache: expected exactly one of interval, steps, mask, magnitude, adaptive; got none"),
     (
         {"cut": 0, "interval": 2, "steps": [0]},
-        "Cache: expected exactly one of interval, steps, mask; got interval and steps",
+        "Cache: expected exactly one of interval, steps, mask, magnitude, adaptive; got interval and steps",
     ),
     ({"cut": 0, "mask": [False, True]}, "Cache: mask must begin with True: the first step has nothing to reuse"),
     ({"cut": 0, "mask": []}, "Cache: mask must begin with True: the first step has nothing to reuse"),
