@@ -242,8 +242,8 @@ def test_magnitudes_by_hand() -> None:
     "more",
     [
         {"compile": lc.Compile(backend="aot_eager")},
-        {"chunk": lc.Chunk(budget="80%")},
-        {"swap": lc.Swap(budget="75%")},
+        pytest.param({"chunk": lc.Chunk(budget="80%")}, marks=pytest.mark.slow),
+        pytest.param({"swap": lc.Swap(budget="75%")}, marks=pytest.mark.slow),
         {"chunk": lc.Chunk(budget="80%"), "swap": lc.Swap(), "compile": lc.Compile(backend="eager")},
     ],
     ids=["compile", "chunk", "swap", "all"],

@@ -98,7 +98,10 @@ def check(model: nn.Module, oracle: TaylorOracle, policy: lc.Policy, make_inputs
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize(("name", "cut"), [("dit", "transformer_blocks.1"), ("sd", "up_blocks.3.attentions.1")])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [("dit", "transformer_blocks.1"), pytest.param("sd", "up_blocks.3.attentions.1", marks=pytest.mark.slow)],
+)
 def test_values(name: str, cut: str, order: int) -> None:
     model, make_inputs = ZOO[name].build()
     policy = lc.Policy(cache=lc.Cache(cut=cut, mask=MASK, order=order))
@@ -170,8 +173,8 @@ def test_taylorseer_of_diffusers(name: str) -> None:
     "more",
     [
         {"compile": lc.Compile(backend="aot_eager")},
-        {"chunk": lc.Chunk(budget="70%")},
-        {"swap": lc.Swap(budget="70%")},
+        pytest.param({"chunk": lc.Chunk(budget="70%")}, marks=pytest.mark.slow),
+        pytest.param({"swap": lc.Swap(budget="70%")}, marks=pytest.mark.slow),
         {"chunk": lc.Chunk(budget="70%"), "swap": lc.Swap(), "compile": lc.Compile(backend="eager")},
     ],
     ids=["compile", "chunk", "swap", "all"],
@@ -244,6 +247,7 @@ def test_the_peak_is_as_planned(schedule: dict[str, Any]) -> None:
     lc.restore(fast)
 
 
+@pytest.mark.slow
 def test_sizes_that_vary_share_a_capture() -> None:
     """History has the size of its run; each size is as if captured by itself."""
     model, make_inputs = ZOO["dit"].build()
