@@ -25,6 +25,7 @@ from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
 from lightcache_fx.swap_transfers import leaving_after_use, places_of_slots, taken_at_begin, transfers_of, when_needed
 from lightcache_fx.swapping import (
     SwapSchedule,
+    behind_probe,
     fixed_inputs,
     least_movable,
     priced,
@@ -172,14 +173,13 @@ def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
     graphs = whole_graphs(capture, plan)
     largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
     for share in (1.0, 0.75):
-        always = plan.beside + plan.branches * plan.held_bytes + plan.handed_bytes
-        few = int(share * (budget - always - 2 * _weight_bytes(largest)))
+        few = int(share * (budget - plan.always_bytes - 2 * _weight_bytes(largest)))
         if few > 0:
             yield {}.fromkeys(graphs, few).get
-    held = plan.weight_bytes + plan.branches * plan.held_bytes + plan.handed_bytes + plan.beside
+    held = plan.weight_bytes + plan.always_bytes
 
     def beside_all(name: str) -> int:
-        return budget - held - plan.slot_bytes * (plan.branches - (name != "reuse"))
+        return budget - held - plan.slot_bytes * (plan.branches - (name in ("full", "prologue")))
 
     if beside_all("reuse") > 0:
         yield beside_all
@@ -330,13 +330,16 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     weights = {
         input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
     }
+    slots = plan.cut.slots if plan.cut is not None else ()
+    if (probe := programs.get("probe")) is not None:  # before it, an old slot is not known to be of no use
+        old = sum(slot.num_bytes for slot in slots if slot.name not in fixed)
+        kept = {"full": old, "reuse": 0}
+        programs |= {name: behind_probe(programs[name], probe, size) for name, size in kept.items()}
     movable = {name for program in programs.values() for name in program.movables}
     repeated = capture.layout.is_repeated
     branches = plan.branches
-    held = branches * plan.held_bytes + plan.handed_bytes
-    held += sum(size for name, size in weights.items() if name not in movable)
-    slots = plan.cut.slots if plan.cut is not None else ()
-    held += branches * sum(slot.num_bytes for slot in slots if slot.name in fixed) + plan.beside
+    held = plan.always_bytes + sum(size for name, size in weights.items() if name not in movable)
+    held += branches * sum(slot.num_bytes for slot in slots if slot.name in fixed)
     steps = plan.period if repeated else ("full",)
     cycle = workload_of([programs[name] for name in steps], held, cyclic=repeated, branches=branches)
     names = tuple(name for name in steps for _ in range(branches))

@@ -46,7 +46,7 @@ class Signature:
     @property
     def kept_bytes(self) -> int:
         """Bytes that a branch keeps: slots, hoisted values, and what steps decide and extrapolate by."""
-        return self.plan.slot_bytes + self.plan.held_bytes
+        return self.plan.kept_bytes + self.plan.hoist.num_bytes
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,20 +94,25 @@ class Plan:
         return self.order * self.slot_bytes
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes that each guidance branch keeps on the device all the time: all but the slots."""
-        return self.hoist.num_bytes + self.kept_bytes - self.slot_bytes
+    def indicator_bytes(self) -> int:
+        """Bytes of what steps compare with, where they decide for themselves."""
+        return self.probe.indicator_bytes if self.probe is not None else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes held between steps because of caching."""
+        return self.slot_bytes + self.history_bytes + self.indicator_bytes
+
+    @property
+    def always_bytes(self) -> int:
+        """Bytes on the device all the time beside weights and slots, of all branches and of other signatures."""
+        each = self.hoist.num_bytes + self.history_bytes + self.indicator_bytes
+        return self.branches * each + self.handed_bytes + self.beside
 
     @property
     def handed_bytes(self) -> int:
         """Bytes that the probe of a step hands over to its rest."""
         return self.probe.handed_bytes if self.probe is not None else 0
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes held between steps because of caching."""
-        indicator = self.probe.indicator_bytes if self.probe is not None else 0
-        return self.slot_bytes + self.history_bytes + indicator
 
     def reuse_flops(self) -> int:
         """FLOPs of a reuse step; those of a full step where nothing is cached."""
@@ -115,7 +120,10 @@ class Plan:
 
     def flop_bound_speedup(self, num_steps: int) -> float:
         """Full FLOPs of `num_steps` steps over those that the schedule leaves: what caching can gain at most."""
-        num_full = sum(self.schedule.is_full(step, num_steps) for step in range(num_steps))
+        return self.speedup_of(sum(self.schedule.is_full(step, num_steps) for step in range(num_steps)), num_steps)
+
+    def speedup_of(self, num_full: int, num_steps: int) -> float:
+        """As `flop_bound_speedup`, with so many full steps."""
         spent = num_full * self.full_flops + (num_steps - num_full) * self.reuse_flops()
         return num_steps * self.full_flops / spent if spent else 1.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx
@@ -246,6 +246,21 @@ def priced(
     movables = {movable.name: movable for movable in (*sources.values(), *made.values())}
     named = {op_name for op in ops for op_name in (*op.reads, *op.writes)}
     return PricedProgram(name, tuple(ops), {name: m for name, m in movables.items() if name in named})
+
+
+def behind_probe(program: PricedProgram, probe: PricedProgram, kept_bytes: int) -> PricedProgram:
+    """A program as a step's probe runs before it, which finds on the device whatever the first call is to find there.
+
+    Args:
+        program: of the rest of the step.
+        probe: the step's.
+        kept_bytes: slots that are there during the probe, and gone when the first call begins.
+    """
+    if not program.ops:
+        return program
+    most = max(op.live_bytes for op in probe.ops) + kept_bytes
+    first, *others = program.ops
+    return replace(program, ops=(replace(first, live_bytes=max(first.live_bytes, most)), *others))
 
 
 def rounded(node: fx.Node, rounding: int) -> int:

@@ -51,6 +51,12 @@ def plain_step(model: nn.Module, **inputs: Any) -> list[torch.Tensor]:
         return tensors(model(**inputs))
 
 
+def hooked_step(model: nn.Module, **inputs: Any) -> list[torch.Tensor]:
+    """A step of a model whose `enable_cache` has put diffusers' own hooks on it."""
+    with torch.no_grad(), model.cache_context("one"):  # type: ignore[operator]
+        return tensors(model(**inputs))
+
+
 def full_steps(num_steps: int, interval: int) -> list[bool]:
     return [step % interval == 0 for step in range(num_steps)]
 

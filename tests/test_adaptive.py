@@ -11,12 +11,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.hooks.mag_cache import nearest_interp
 from torch import nn
 
 import lightcache_fx as lc
+from beside import OTHERS, check_beside
 from lightcache_fx.errors import CutError, PolicyError, ScheduleError
-from lightcache_fx.magnitudes import MagnitudeRule, full_steps
-from oracle import HookOracle, Oracle, ResidualOracle, assert_bitwise, plain_step, tensors
+from lightcache_fx.magnitudes import MagnitudeRule, at_steps, full_steps
+from lightcache_fx.measure import measure_peak
+from oracle import HookOracle, Oracle, ResidualOracle, assert_bitwise, hooked_step, plain_step, tensors
 from zoo import ZOO, run_inputs
 
 NUM_STEPS = 10
@@ -179,9 +182,7 @@ def test_first_block_cache_of_diffusers(name: str) -> None:
     rule = lc.Adaptive(threshold=threshold, indicator=f"{one}.0")
     fast = lc.transform(model, lc.Policy(cache=lc.Cache(cut=residual(model, name, 1), adaptive=rule)))
     for step, inputs in enumerate(steps):
-        with torch.no_grad(), hooked.cache_context("one"):
-            expected = tensors(hooked(**inputs))
-        assert_bitwise(plain_step(fast, **inputs), expected, f"step {step}")
+        assert_bitwise(plain_step(fast, **inputs), hooked_step(hooked, **inputs), f"step {step}")
     assert 0 < kinds(fast).count(False) < NUM_STEPS - 1
 
 
@@ -222,9 +223,7 @@ def test_magcache_of_diffusers(name: str) -> None:
     cache = lc.Cache(cut=residual(model, name, 0), magnitude=magnitude, num_steps=NUM_STEPS)
     fast = lc.transform(model, lc.Policy(cache=cache))
     for step, inputs in enumerate(steps):
-        with torch.no_grad(), hooked.cache_context("one"):
-            expected = tensors(hooked(**inputs))
-        assert_bitwise(plain_step(fast, **inputs), expected, f"step {step}")
+        assert_bitwise(plain_step(fast, **inputs), hooked_step(hooked, **inputs), f"step {step}")
     assert 0 < kinds(fast).count(False) < NUM_STEPS - 1
 
 
@@ -238,28 +237,18 @@ def test_magnitudes_by_hand() -> None:
     assert full_steps(rule._replace(ratios=(1.0, 3.0), retention=0), 4) == (True, False, True, True)  # 1, 1, 3, 3
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"compile": lc.Compile(backend="aot_eager")},
-        pytest.param({"chunk": lc.Chunk(budget="80%")}, marks=pytest.mark.slow),
-        pytest.param({"swap": lc.Swap(budget="75%")}, marks=pytest.mark.slow),
-        {"chunk": lc.Chunk(budget="80%"), "swap": lc.Swap(), "compile": lc.Compile(backend="eager")},
-    ],
-    ids=["compile", "chunk", "swap", "all"],
-)
-def test_beside_the_other_passes(more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 10, 14, 31])
+def test_ratios_of_another_number_of_steps_are_the_nearest(num_steps: int) -> None:
+    expected = nearest_interp(torch.tensor(RATIOS, dtype=torch.float64), num_steps)
+    assert at_steps(RATIOS, num_steps) == expected.tolist()
+
+
+@pytest.mark.parametrize("others", OTHERS)
+def test_beside_the_other_passes(others: dict[str, Any]) -> None:
     model, make_inputs = ZOO["sd"].build()
-    steps = gentle(make_inputs, NUM_STEPS)
     cache = lc.Cache(cut=0, adaptive=lc.Adaptive(threshold=0.2), order=1)
-    plain = lc.transform(model, lc.Policy(cache=cache))
-    expected = [plain_step(plain, **inputs)[0] for inputs in steps]
-    fast = lc.transform(copy.deepcopy(model), lc.Policy(cache=cache, **more))
-    for step, inputs in enumerate(steps):
-        torch.testing.assert_close(plain_step(fast, **inputs)[0], expected[step], rtol=1e-4, atol=1e-4, msg=str(step))
-    assert kinds(fast) == kinds(plain)
-    assert 0 < kinds(fast).count(False) < NUM_STEPS - 1
-    lc.restore(fast)
+    ran = check_beside(model, cache, others, gentle(make_inputs, NUM_STEPS))
+    assert 0 < ran.count("reuse") < NUM_STEPS - 1
 
 
 def test_two_runs_and_an_exception_between() -> None:
@@ -369,3 +358,45 @@ def test_saved_and_loaded(adaptive: bool, tmp_path: Path) -> None:
     for step, inputs in enumerate(steps):
         assert_bitwise(plain_step(loaded, **inputs), expected[step], f"step {step}")
     assert kinds(loaded) == kinds(fast)
+
+
+class WideFront(nn.Module):
+    """What a step decides by takes more memory to compute than all that comes behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Sequential(nn.Linear(4, 2048), nn.GELU(), nn.Linear(2048, 64))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6))
+        self.outer = nn.Linear(128, 4)
+        self.eval().requires_grad_(False)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        skip = self.front(sample)
+        up = skip * torch.sin(timestep.to(sample.dtype).reshape(-1, 1) / 100)
+        for block in self.blocks:
+            up = up + block(up)
+        return self.outer(torch.cat([up, skip], dim=-1))
+
+
+@pytest.mark.parametrize("budget", ["70%", "85%", "100%"])
+def test_the_peak_of_a_probe_is_planned(budget: str) -> None:
+    """Allocation by allocation, over a run that decides for full and for reuse steps."""
+    model = WideFront()
+    cache = lc.Cache(cut=0, adaptive=lc.Adaptive(threshold=0.5, max_reuse=2))
+    fast = lc.transform(model, lc.Policy(cache=cache, swap=lc.Swap(budget=budget)))
+    torch.manual_seed(0)
+    steps = [(torch.randn(64, 4), torch.tensor(900.0 - 50 * step)) for step in range(NUM_STEPS)]
+
+    def run() -> None:
+        with torch.no_grad(), lc.marked_run(NUM_STEPS):
+            for inputs in steps:
+                fast(*inputs)
+                lc.step_done()
+
+    run()
+    lc.reset(fast)
+    swap = lc.inspect(fast).plan.swap
+    fixed = sum(weight.nbytes for name, weight in model.named_parameters() if name not in swap.weights)
+    measured = measure_peak(run).peak_bytes + fixed
+    assert 0.95 * swap.plan.peak_bytes <= measured <= swap.plan.peak_bytes
+    lc.restore(fast)

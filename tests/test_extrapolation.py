@@ -15,10 +15,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lightcache_fx as lc
+from beside import OTHERS, check_beside
 from lightcache_fx.errors import PolicyError
 from lightcache_fx.extrapolation import coefficients
 from lightcache_fx.measure import measure_peak
-from oracle import assert_bitwise, plain_step, tensors
+from oracle import assert_bitwise, hooked_step, plain_step
 from zoo import ZOO, run_inputs
 
 MASK = [True, True, False, True, False, False, False, True, False, False]  # uneven, and reuse before history is there
@@ -164,34 +165,14 @@ def test_taylorseer_of_diffusers(name: str) -> None:
     ]
     fast = lc.transform(model, lc.Policy(cache=lc.Cache(cut=paths, mask=full, order=2)))
     for step, inputs in enumerate(run_inputs(make_inputs, 0, num_steps)):
-        with torch.no_grad(), hooked.cache_context("one"):
-            expected = tensors(hooked(**inputs))
-        assert_bitwise(plain_step(fast, **inputs), expected, f"step {step}")
+        assert_bitwise(plain_step(fast, **inputs), hooked_step(hooked, **inputs), f"step {step}")
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"compile": lc.Compile(backend="aot_eager")},
-        pytest.param({"chunk": lc.Chunk(budget="70%")}, marks=pytest.mark.slow),
-        pytest.param({"swap": lc.Swap(budget="70%")}, marks=pytest.mark.slow),
-        {"chunk": lc.Chunk(budget="70%"), "swap": lc.Swap(), "compile": lc.Compile(backend="eager")},
-    ],
-    ids=["compile", "chunk", "swap", "all"],
-)
-def test_beside_the_other_passes(more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("others", OTHERS)
+def test_beside_the_other_passes(others: dict[str, Any]) -> None:
     model, make_inputs = ZOO["sd"].build()
-    cut = "up_blocks.2"
-    steps = run_inputs(make_inputs, 0, 6)
-    mask = [True, False, True, False, False, True]
-    plain = lc.transform(model, lc.Policy(cache=lc.Cache(cut=cut, mask=mask, order=1)))
-    expected = [plain_step(plain, **inputs)[0] for inputs in steps]
-    fast = lc.transform(copy.deepcopy(model), lc.Policy(cache=lc.Cache(cut=cut, mask=mask, order=1), **more))
-    for step, inputs in enumerate(steps):
-        torch.testing.assert_close(plain_step(fast, **inputs)[0], expected[step], rtol=1e-4, atol=1e-4, msg=str(step))
-    if "chunk" not in more:
-        assert_bitwise([plain_step(fast, **inputs)[0] for inputs in steps], expected)
-    lc.restore(fast)
+    cache = lc.Cache(cut="up_blocks.2", mask=[True, False, True, False, False, True], order=1)
+    assert check_beside(model, cache, others, run_inputs(make_inputs, 0, 6)).count("reuse") == 3
 
 
 def test_coefficients_by_hand() -> None:
