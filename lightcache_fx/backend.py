@@ -144,6 +144,11 @@ class CompiledGraph:
         policy, model = self._policy(), self.model
         if policy.compile is None:
             policy = policy.model_copy(update={"compile": Compile()})
+        if policy.calibration is not None:
+            raise PolicyError(
+                "calibration: it is of a model, and behind torch.compile there is only its graph; compile with the"
+                " cache that it gives, as in options={'policy': Calibration.load(FILE).policy(speedup=2.0)}"
+            )
         weight = next(model.parameters(), None)
         refuse_moving_weights(policy, weight)
         if self._broken and policy.cache is not None:

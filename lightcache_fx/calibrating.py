@@ -28,12 +28,13 @@ from lightcache_fx.caching import Cache, Cut, Residual
 from lightcache_fx.calibration import Calibration, Point, weights_of
 from lightcache_fx.cuts import block_lists
 from lightcache_fx.errors import CalibrationError, CutError
+from lightcache_fx.extrapolation import MAX_ORDER
 from lightcache_fx.module import runtime_of
+from lightcache_fx.observed import Observed
 from lightcache_fx.pipeline import TransformedPipeline, denoisers_of, restore, transform_pipeline
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Policy
-from lightcache_fx.program import Moment
-from lightcache_fx.runtime import Observed, Runtime
+from lightcache_fx.runtime import Runtime
 from lightcache_fx.schedule import Schedule
 from lightcache_fx.scheduling import best_schedules
 from lightcache_fx.stores import Stores
@@ -91,12 +92,17 @@ def calibrate(
             cuts that save nothing.
         CutError: a cut that was asked for does not exist.
     """
-    if not inputs:
-        raise CalibrationError("inputs: none were given; give prompts, or mappings of the pipeline's arguments")
+    if isinstance(inputs, str | Mapping) or callable(inputs) or not inputs:
+        given = type(inputs).__name__ if inputs else "nothing"
+        raise CalibrationError(
+            f"inputs: expected a list of prompts, of mappings of the pipeline's arguments, or of functions, got {given}"
+        )
     if isinstance(pipe, TransformedPipeline):
         raise CalibrationError("pipe: it is transformed already; give the original, restore(pipe)")
     if max_reuse < 1 or points < 1 or probes < 1:
         raise CalibrationError(f"max_reuse={max_reuse}, points={points} and probes={probes} must be at least 1")
+    if not orders or not set(orders) <= set(range(MAX_ORDER + 1)):
+        raise CalibrationError(f"orders: expected some of 0 to {MAX_ORDER}, got {list(orders)}")
     names = denoisers_of(pipe)
     if len(names) != 1:
         raise CalibrationError(
@@ -107,14 +113,14 @@ def calibrate(
     found: list[Point] = []
     num_steps = 0
     for cut in _candidates(module) if cuts is None else cuts:
-        try:
-            trial = _Trial(pipe, names[0], cut, max_reuse, policy or Policy(), inputs)
-        except CutError as error:
-            if cuts is not None:
-                raise
-            log.info("not tried: %s", error)
-            continue
-        with trial:
+        with _Trial(pipe, names[0], cut, max_reuse, policy or Policy(), inputs) as trial:
+            try:
+                trial.record()
+            except CutError as error:
+                if cuts is not None:
+                    raise
+                log.info("not tried: %s", error)
+                continue
             num_steps = trial.num_steps
             found += trial.points(orders, points, probes, say)
     if not found:
@@ -142,13 +148,17 @@ def _candidates(module: nn.Module) -> list[Cut]:
 
 
 class _Trial:
-    """One cut: its run of full steps, done. Closed when it is no longer needed.
+    """One cut, on copies of the pipeline that are restored at the end.
 
     Attributes:
-        num_steps: of each run.
-        plain: what the full steps make, by input.
+        num_steps: of each run; this and what follows is known when `record` has run.
+        plain: what full steps make, by input.
         plan: of the model.
     """
+
+    num_steps: int
+    plain: list[Frames]
+    plan: Plan
 
     def __init__(
         self, pipe: Any, component: str, cut: Cut, max_reuse: int, policy: Policy, inputs: Sequence[Input]
@@ -157,10 +167,18 @@ class _Trial:
         self._max_reuse, self._policy, self._inputs = max_reuse, policy, inputs
         self._errors: dict[tuple[int, int], list[float]] = defaultdict(list)
         self._by_order: dict[int, Any] = {}
+
+    def record(self) -> None:
+        """Run each input with every step full, and note what reuses would do.
+
+        Raises:
+            CalibrationError: the runs have different lengths.
+            CutError: there is no such cut.
+        """
         fast, runtime = self._transformed(0)
         self.plain, lengths = [], []
-        with _observed(runtime, _Recorder(max_reuse, self._errors)):
-            for place in range(len(inputs)):
+        with _observed(runtime, _Recorder(self._max_reuse, self._errors)):
+            for place in range(len(self._inputs)):
                 self.plain.append(self._generate(fast, place))
                 lengths.append(1 + max(run.step for run in runtime.timeline()))
         self.plan = runtime.latest().plan
@@ -179,7 +197,7 @@ class _Trial:
         """The pipeline with all steps full until told otherwise, and what runs its denoiser."""
         if order not in self._by_order:
             cache = Cache(cut=self._cut, interval=1, order=order)
-            self._by_order[order] = transform_pipeline(self._pipe, self._policy.model_copy(update={"cache": cache}))
+            self._by_order[order] = transform_pipeline(self._pipe, self._policy.with_cache(cache))
         fast = self._by_order[order]
         return fast, runtime_of(getattr(fast, self._component))
 
@@ -221,7 +239,7 @@ class _Trial:
         costs = [[gains[j] * self._error(i, j) if i < j else 0.0 for j in number] for i in number]
         by_count = best_schedules(costs, self._max_reuse)
         by_count.pop(self.num_steps, None)
-        speeds = {full: _speedup(self.plan, full, self.num_steps) for full in by_count}
+        speeds = {full: self.plan.speedup_of(full, self.num_steps) for full in by_count}
         wanted: Any = np.linspace(min(speeds.values()), max(speeds.values()), count) if speeds else ()
         chosen = [by_count[min(speeds, key=lambda full: abs(speeds[full] - speed))] for speed in wanted]
         uniform = [tuple(range(0, self.num_steps, interval)) for interval in range(2, self._max_reuse + 2)]
@@ -241,7 +259,7 @@ class _Trial:
             cut=self._cut,
             order=order,
             full_steps=list(steps),
-            speedup=_speedup(self.plan, len(steps), self.num_steps),
+            speedup=self.plan.speedup_of(len(steps), self.num_steps),
             psnr=float(np.mean([score.psnr.mean for score in differing])) if differing else None,  # type: ignore[union-attr]
             ssim=float(np.mean([1.0 if score.identical else score.ssim.mean for score in scores])),  # type: ignore[union-attr]
         )
@@ -264,10 +282,10 @@ class _Recorder:
         kept = self._kept[seen.branch]
         if seen.step == 0:
             kept.clear()
-        reuse = seen.compiled.bound.get("reuse")
-        for source, slots in kept.items() if reuse is not None else ():
+        reuse = seen.compiled.bound["reuse"]
+        for source, slots in kept.items():
             stores = Stores(slots=dict(slots), hoisted=seen.stores.hoisted, weight_copies=seen.stores.weight_copies)
-            outputs = reuse(seen.tensors, stores, Moment()) if reuse is not None else []
+            outputs = reuse(seen.tensors, stores)
             pairs = [pair for pair in zip(outputs, seen.outputs, strict=True) if pair[1].is_floating_point()]
             self._errors[source, seen.step].append(max(_rms_of(a.double() - b.double()) for a, b in pairs))
         kept[seen.step] = dict(seen.stores.slots)
@@ -293,11 +311,6 @@ def _scheduled(runtime: Runtime, steps: Sequence[int]) -> Iterator[None]:
         runtime.schedule = None
 
 
-def _speedup(plan: Plan, num_full: int, num_steps: int) -> float:
-    spent = num_full * plan.full_flops + (num_steps - num_full) * plan.reuse_flops()
-    return num_steps * plan.full_flops / spent
-
-
 def _result(pipe: Any, given: Input, place: int) -> Any:
     if callable(given):
         return given(pipe)
@@ -314,8 +327,8 @@ def _frames(result: Any) -> Frames:
     """What a pipeline returns, as frames: float32 (frames, height, width, channels) in 0..1."""
     from lightcache_fx.quality.videos import as_frames
 
-    for name in ("frames", "images"):
-        result = getattr(result, name, result)
+    if isinstance(result, Mapping):  # as diffusers' outputs are
+        result = result.get("frames", result.get("images"))
     array = np.asarray(result.cpu() if isinstance(result, torch.Tensor) else result)
     if array.ndim == 5:
         array = array.reshape(-1, *array.shape[2:])

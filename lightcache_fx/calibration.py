@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +16,9 @@ from torch import nn
 from lightcache_fx.caching import Cache, Cut, cut_to_plain
 from lightcache_fx.errors import CalibrationError
 from lightcache_fx.policy import Policy
-from lightcache_fx.settings import Settings, read_as
+from lightcache_fx.settings import Settings, read_as, read_quality
 
 VERSION = 1
-MEASURES = ("psnr", "ssim")
 
 
 class Point(Settings):
@@ -49,8 +47,9 @@ class Point(Settings):
 
     def value_of(self, measure: str) -> float:
         """Of a measure; infinite where the results are identical."""
-        found: float | None = getattr(self, measure)
-        return math.inf if found is None else found
+        if measure == "ssim":
+            return self.ssim
+        return math.inf if self.psnr is None else self.psnr
 
     def cache(self, num_steps: int) -> Cache:
         """As a policy has it."""
@@ -183,18 +182,6 @@ class Calibration(Settings):
             cells = (f"{point.speedup:.2f}x", psnr, f"{point.ssim:.4f}", str(cut_to_plain(point.cut)), str(point.order))
             table.add_row(*cells, steps)
         return [table]
-
-
-def read_quality(text: str) -> tuple[str, float]:
-    """`psnr>=30` -> its measure and number.
-
-    Raises:
-        CalibrationError: it is of another form.
-    """
-    match = re.fullmatch(r"\s*([a-z]+)\s*>=\s*([0-9]*\.?[0-9]+)\s*", text)
-    if match is None or match[1] not in MEASURES:
-        raise CalibrationError(f"quality: expected 'psnr>=30' (dB) or 'ssim>=0.95', got {text!r}")
-    return match[1], float(match[2])
 
 
 def weights_of(module: nn.Module) -> str:

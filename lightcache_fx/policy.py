@@ -21,7 +21,7 @@ from torch import nn
 
 from lightcache_fx.caching import Cache, cut_to_plain
 from lightcache_fx.errors import PolicyError, nearest
-from lightcache_fx.settings import Budget, Bytes, Settings, read_as
+from lightcache_fx.settings import Budget, Bytes, Settings, read_as, read_quality
 
 Rate = Literal["const", "run", "step", "latent"]
 """How often a value can change: never, once a generation, once a denoising step, or with the latent itself."""
@@ -273,6 +273,8 @@ class Policy(Settings):
             raise ValueError("calibration says what was measured; say what of it by quality='psnr>=30' or speedup=2.0")
         if asked and self.cache is not None:
             raise ValueError(f"{asked[0]} chooses what to cache; leave cache out")
+        if self.quality is not None:
+            read_quality(self.quality)
         return self
 
     @pydantic.model_validator(mode="after")
@@ -322,7 +324,11 @@ class Policy(Settings):
         found = Calibration.load(self.calibration)
         found.check(module, f"calibration={Path(self.calibration).name!r}")
         point = found.best(quality=self.quality, speedup=self.speedup)
-        return self.model_copy(update={**_UNCALIBRATED, "cache": point.cache(found.num_steps)})
+        return self.with_cache(point.cache(found.num_steps))
+
+    def with_cache(self, cache: Cache) -> Policy:
+        """The same, caching by this and by no calibration."""
+        return self.model_copy(update={**_UNCALIBRATED, "cache": cache})
 
     def runs_autoencoders(self) -> bool:
         """Whether anything is asked of the autoencoder of a pipeline."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 
-from lightcache_fx.errors import PolicyError, nearest
+from lightcache_fx.errors import CalibrationError, PolicyError, nearest
 
 CUTS = "expected a depth (0, 1, 2, ...), a module path or a list of them, Residual(first=..., last=...) or 'auto'"
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -62,6 +62,18 @@ S = TypeVar("S", bound=Settings)
 def read_as(kind: type[S], value: object) -> object:
     """A mapping as settings of its kind; anything else comes back as it is, for pydantic to judge."""
     return kind(**{str(key): item for key, item in value.items()}) if isinstance(value, Mapping) else value
+
+
+def read_quality(text: str) -> tuple[str, float]:
+    """`psnr>=30` -> its measure and number.
+
+    Raises:
+        CalibrationError: it is of another form.
+    """
+    match = re.fullmatch(r"\s*(psnr|ssim)\s*>=\s*([0-9]*\.?[0-9]+)\s*", text)
+    if match is None:
+        raise CalibrationError(f"quality: expected 'psnr>=30' (dB) or 'ssim>=0.95', got {text!r}")
+    return match[1], float(match[2])
 
 
 def explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError, given: Mapping[str, object]) -> str:

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lightcache_fx as lc
-from lightcache_fx.calibration import read_quality, weights_of
+from lightcache_fx.calibration import weights_of
 from lightcache_fx.errors import CalibrationError, CutError, PolicyError, ScheduleError
 from lightcache_fx.quality import compare_videos
 from lightcache_fx.scheduling import best_schedules
+from lightcache_fx.settings import read_quality
 from pipelines import PIPELINES, SMALL
-from toys import Denoiser
+from toys import Denoiser, latent, prompt
 
 NUM_STEPS = 5
 CASE = PIPELINES["sd"]
@@ -208,6 +209,7 @@ def test_what_is_out_of_reach(calibration: lc.Calibration) -> None:
         ({"quality": "psnr>=30", "speedup": 2.0, "calibration": "a.yaml"}, "two things"),
         ({"speedup": 2.0, "calibration": "a.yaml", "cache": lc.Cache(cut=0, interval=2)}, "leave cache out"),
         ({"speedup": 0.5, "calibration": "a.yaml"}, "speedup"),
+        ({"quality": "psnr>30", "calibration": "a.yaml"}, "expected 'psnr>=30'"),
     ],
 )
 def test_policies_that_ask_for_too_little_or_too_much(asked: dict[str, Any], match: str) -> None:
@@ -217,8 +219,12 @@ def test_policies_that_ask_for_too_little_or_too_much(asked: dict[str, Any], mat
 
 def test_what_cannot_be_calibrated() -> None:
     pipe = load()
-    with pytest.raises(CalibrationError, match="inputs: none"):
-        lc.calibrate(pipe, [])
+    for inputs, what in (([], "nothing"), ("a red car", "str"), ({"prompt": "a"}, "dict"), (clip(0), "function")):
+        with pytest.raises(CalibrationError, match=f"inputs: expected a list of prompts, .*, got {what}"):
+            lc.calibrate(pipe, inputs)
+    for orders in ((), (0, 4), (-1,)):
+        with pytest.raises(CalibrationError, match="orders: expected some of 0 to 3"):
+            lc.calibrate(pipe, [clip(0)], orders=orders)
     with pytest.raises(CalibrationError, match="transformed already"):
         lc.calibrate(lc.transform_pipeline(pipe, lc.Policy()), [clip(0)])
     with pytest.raises(CalibrationError, match="must be at least 1"):
@@ -248,8 +254,22 @@ def test_prompts_and_arguments() -> None:
 
 
 def test_a_cut_that_does_not_exist() -> None:
+    """Nothing is left of the attempt: weights that it swapped are back."""
+    pipe = load()
+    places = {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()}
     with pytest.raises(CutError, match="branch 0 to"):
-        lc.calibrate(load(), [clip(0)], cuts=[99])
+        lc.calibrate(pipe, [clip(0)], cuts=[99], policy=lc.Policy(swap=lc.Swap(budget="60%")))
+    assert {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()} == places
+
+
+def test_not_behind_torch_compile(calibration: lc.Calibration, tmp_path: Path) -> None:
+    """There is no model to compare the calibration with; what it gives can be compiled."""
+    calibration.save(tmp_path / "c.yaml")
+    model = Denoiser()
+    asked = lc.Policy(speedup=1.3, calibration=tmp_path / "c.yaml", compile="eager")
+    compiled = torch.compile(model, backend="lightcache", options={"policy": asked})
+    with torch.no_grad(), pytest.raises(PolicyError, match=r"calibration: it is of a model, and behind torch\.compile"):
+        compiled(latent(0), torch.tensor(900), prompt(0))
 
 
 def test_weights_are_known_by_names_and_shapes() -> None:
