@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,16 @@ import torch
 from torch import fx
 
 from lightcache_fx.errors import PassError
-from lightcache_fx.graphs import expression, is_impure, outputs, placeholders, tensors_of
+from lightcache_fx.graphs import (
+    GraphInput,
+    drop_unused_inputs,
+    eliminate_dead_code,
+    expression,
+    is_impure,
+    outputs,
+    placeholders,
+    tensors_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -128,3 +137,23 @@ def typed_call(graph: fx.Graph, target: torch._ops.OpOverload, *args: Any) -> fx
     node = graph.call_function(target, args)
     node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
     return node
+
+
+def read_from_input(graph: fx.Graph, names: Iterable[str], given: Callable[[str], GraphInput], suffix: str) -> int:
+    """Replace nodes by inputs named after them, and remove what becomes dead; returns how many there were."""
+    by_name = {node.name: node for node in graph.nodes}
+    first = next(iter(graph.nodes))
+    moved = 0
+    for name in names:
+        node = by_name.get(name)
+        if node is None or node.op == "placeholder":
+            continue
+        with graph.inserting_before(first):
+            held = graph.placeholder(f"{name}_{suffix}")
+        held.meta = {"val": node.meta["val"], "lightcache_input": given(name)}
+        node.replace_all_uses_with(held)
+        moved += 1
+    if moved:
+        eliminate_dead_code(graph)
+        drop_unused_inputs(graph, ("weight", "constant", "hoisted", "user"))
+    return moved

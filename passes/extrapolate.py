@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from lightcache_fx.cuts import Slot
+from lightcache_fx.errors import PassError
 from lightcache_fx.extrapolation import COEFFICIENTS, num_coefficients, older_name
 from lightcache_fx.graphs import GraphInput, input_of, placeholders
 from lightcache_fx.passes.base import PassResult, typed_call
@@ -36,6 +37,8 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
     read = [by_slot[slot.name] for slot in slots if slot.name in by_slot]
     if not order or not read:
         return PassResult(graph, False)
+    if any(input_of(node).kind == "history" for node in placeholders(graph)):
+        raise PassError("extrapolate: this graph reads the history of its slots already; apply it to a copy of before")
     last_input = placeholders(graph)[-1]
 
     def add_input(given: GraphInput, value: torch.Tensor) -> fx.Node:
@@ -61,7 +64,7 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
         ]
     gaps, weights = numbers[:order], numbers[order:]
     for slot, differences in values.items():
-        users = [user for user in slot.users if user.op != "placeholder"]
+        users = list(slot.users)
         with graph.inserting_before(point):
             total = slot
             for weight in weights:

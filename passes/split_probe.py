@@ -13,8 +13,7 @@ from lightcache_fx.graphs import (
     output_node,
     owns_its_storage,
 )
-from lightcache_fx.passes.base import PassResult, find_kept, typed_call
-from lightcache_fx.passes.split_run_invariants import read_from_input
+from lightcache_fx.passes.base import PassResult, find_kept, read_from_input, typed_call
 from lightcache_fx.probing import ProbePlan
 
 aten = torch.ops.aten
@@ -28,7 +27,7 @@ def split_probe(graph: fx.Graph, *, plan: ProbePlan) -> PassResult:
         %y = aten.add.Tensor(%h, %k)                        %y = aten.add.Tensor(%h_handed, %k)
 
     `probe_of` gives the program that computes the inputs. Invariant: an input is named `<node>_handed` and has the
-    node's type.
+    node's type; what is replaced already is left as it is.
     """
     names = [value.node for value in plan.handed]
     moved = read_from_input(graph, names, lambda name: GraphInput("handed", name, "latent"), "handed")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from torch import fx
 
 from lightcache_fx.graphs import GraphInput, copy_graph, drop_unused_inputs, eliminate_dead_code, output_node
 from lightcache_fx.hoisting import HoistPlan
-from lightcache_fx.passes.base import PassResult
+from lightcache_fx.passes.base import PassResult, read_from_input
 
 
 def split_run_invariants(graph: fx.Graph, *, plan: HoistPlan) -> PassResult:
@@ -18,31 +16,11 @@ def split_run_invariants(graph: fx.Graph, *, plan: HoistPlan) -> PassResult:
         %y = aten.add.Tensor(%x, %k)                        %y = aten.add.Tensor(%x, %k)
 
     `prologue_of` gives the program that computes the inputs. Invariant: the input is
-    named `<node>_hoisted` and has the node's type.
+    named `<node>_hoisted` and has the node's type; what is replaced already is left as it is.
     """
     names = [value.node for value in plan.values]
     moved = read_from_input(graph, names, lambda name: GraphInput("hoisted", name, "run"), "hoisted")
     return PassResult(graph, moved > 0, {"values": moved})
-
-
-def read_from_input(graph: fx.Graph, names: Iterable[str], given: Callable[[str], GraphInput], suffix: str) -> int:
-    """Replace nodes by inputs named after them, and remove what becomes dead; returns how many there were."""
-    by_name = {node.name: node for node in graph.nodes}
-    first = next(iter(graph.nodes))
-    moved = 0
-    for name in names:
-        node = by_name.get(name)
-        if node is None or node.op == "placeholder":
-            continue
-        with graph.inserting_before(first):
-            held = graph.placeholder(f"{name}_{suffix}")
-        held.meta = {"val": node.meta["val"], "lightcache_input": given(name)}
-        node.replace_all_uses_with(held)
-        moved += 1
-    if moved:
-        eliminate_dead_code(graph)
-        drop_unused_inputs(graph, ("weight", "constant", "hoisted", "user"))
-    return moved
 
 
 def prologue_of(graph: fx.Graph, *, plan: HoistPlan) -> fx.Graph:
