@@ -17,7 +17,7 @@ from lightcache_fx.errors import ArgumentError, TransformError, nearest
 from lightcache_fx.graphs import describe
 from lightcache_fx.marks import marked_nodes
 from lightcache_fx.module import runtime_of
-from lightcache_fx.runtime import Observed
+from lightcache_fx.observed import Observed
 
 _SMALLEST_NORM = 1e-30
 

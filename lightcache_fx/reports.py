@@ -14,10 +14,11 @@ from torch import nn
 from lightcache_fx.compiled import Compiled
 from lightcache_fx.errors import ArgumentError
 from lightcache_fx.module import TransformedModule, runtime_of
+from lightcache_fx.observed import ProgramRun
 from lightcache_fx.pipeline import TransformedPipeline
 from lightcache_fx.plan import Plan
 from lightcache_fx.program import BoundProgram, Program
-from lightcache_fx.runtime import ProgramRun, Runtime
+from lightcache_fx.runtime import Runtime
 from lightcache_fx.units import format_bytes
 
 _ROWS = 50

@@ -8,7 +8,6 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,24 +18,24 @@ from lightcache_fx.budgets import for_branches, with_memory
 from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
 from lightcache_fx.capture import Capture, capture, refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
-from lightcache_fx.compiled import Compiled, LastCall, Signature
+from lightcache_fx.compiled import Compiled, Signature
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
 from lightcache_fx.extrapolation import coefficients
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.guarding import Watch
-from lightcache_fx.handover import plan_hand_over
 from lightcache_fx.homes import Homes, Tier
 from lightcache_fx.host_reads import HostReader
-from lightcache_fx.ledger import Ledger, Stretch
-from lightcache_fx.liveness import CUDA_BLOCK
+from lightcache_fx.last_calls import make_last
+from lightcache_fx.ledger import Ledger
 from lightcache_fx.module_state import ModuleState, weight_slots
+from lightcache_fx.observed import Observed, ProgramRun
 from lightcache_fx.outputs import register_distributions
 from lightcache_fx.placement import placement_of, weights_fit
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy, Swap
-from lightcache_fx.program import BoundProgram, Moment, build_last, build_programs
+from lightcache_fx.program import BoundProgram, Moment, build_programs
 from lightcache_fx.program_log import log_programs
 from lightcache_fx.ranges import profiled
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
@@ -68,46 +67,6 @@ def homes_of(module: nn.Module, policy: Policy) -> Homes:
 
 def _tier(policy: Policy, *, on_cpu: bool) -> Tier:
     return (policy.swap or Swap()).to or ("disk" if on_cpu else "host")
-
-
-class ProgramRun(NamedTuple):
-    """One program of a run.
-
-    Attributes:
-        step: the denoising step's index in the run.
-        branch: the guidance branch's place in the step.
-        program: its name.
-        begin: on the clock of `time.perf_counter`.
-        seconds: that the host spent in it; a CUDA device may still be at work afterwards.
-        kept_bytes: of all branches' slots behind it.
-    """
-
-    step: int
-    branch: int
-    program: str
-    begin: float
-    seconds: float
-    kept_bytes: int
-
-
-class Observed(NamedTuple):
-    """A full step that has run.
-
-    Attributes:
-        compiled: what it ran by.
-        stores: what its branch keeps now.
-        branch: the guidance branch's place in the step.
-        step: the denoising step's index in the run.
-        tensors: of the call.
-        outputs: of the model, as tensors.
-    """
-
-    compiled: Compiled
-    stores: Stores
-    branch: int
-    step: int
-    tensors: Sequence[torch.Tensor]
-    outputs: Sequence[torch.Tensor]
 
 
 class ThreadState(threading.local):
@@ -159,7 +118,7 @@ class Runtime:
         self.module = module
         self.policy = policy
         self.reader = CallReader(module, rates=policy.rates, method=method)
-        self.marked = self._paths_to_mark()
+        self.marked = paths_to_mark(policy.cache, module)
         self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
         self.counts: Counter[str] = Counter()
         self.homes = homes or homes_of(module, policy)
@@ -175,17 +134,9 @@ class Runtime:
         self._local = local or ThreadState()
         self.observe: Callable[[Observed], None] | None = None
         self.schedule: Schedule | None = None
+        self._rule = policy.cache.adaptive if policy.cache is not None else None
         guard = policy.cache.guard if policy.cache is not None else None
         self.watch = Watch(guard, self.reader.owner) if guard is not None else None
-
-    def _paths_to_mark(self) -> list[str]:
-        """The submodules that a capture must be able to find."""
-        return paths_to_mark(self.policy.cache, self.module)
-
-    @property
-    def _compares_steps(self) -> bool:
-        cache = self.policy.cache
-        return cache is not None and cache.adaptive is not None and cache.adaptive.since == "step"
 
     @property
     def tracker(self) -> RunTracker:
@@ -459,7 +410,7 @@ class Runtime:
         if is_full:
             branch.decision.begin_full()
         if compiled.plan.probe is not None:
-            branch.stores.keep_indicator(always=self._compares_steps, full=is_full)
+            branch.stores.keep_indicator(always=self._rule is not None and self._rule.since == "step", full=is_full)
         branch.since_full = 0 if is_full else branch.since_full + 1
         moment = Moment([member.stores for member in members])
         if num_steps is not None:
@@ -483,17 +434,11 @@ class Runtime:
         self, call: Call, compiled: Compiled, position: Position, reused: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """What a reuse step returned, or what a full one returns where that is too far off."""
-        branch, watch = position.branch, self.watch
+        stores, watch = position.branch.stores, self.watch
         assert watch is not None
-        aside = Stores(hoisted=branch.stores.hoisted, handed=branch.stores.handed, buffer=branch.stores.buffer)
+        aside = Stores(hoisted=stores.hoisted, handed=stores.handed, buffer=stores.buffer)
         full = compiled.bound["full"](call.tensors, aside)
-        if watch.is_near(reused, full, position.step):
-            return reused
-        branch.stores.begin_full(position.step, compiled.plan.order, self.homes.device)
-        branch.stores.slots.update(aside.slots)
-        branch.decision.begin_full()
-        branch.since_full = 0
-        return full
+        return reused if watch.is_near(reused, full, position.step) else full
 
     def _probe(self, call: Call, compiled: Compiled, position: Position) -> None:
         """Compute what a step decides by, and what comes before it."""
@@ -501,17 +446,6 @@ class Runtime:
             self._update_hoisted(call, compiled, position)
         self._timed(compiled, "probe", call, position)
         self.counts["probe"] += 1
-
-    def _decides_for_full(self, plan: Plan, position: Position) -> bool:
-        """Whether the indicator has changed too much."""
-        cache, branch = self.policy.cache, position.branch
-        assert cache is not None
-        assert cache.adaptive is not None
-        assert plan.probe is not None
-        assert branch.stores.change is not None
-        return branch.decision.is_full(
-            cache.adaptive, branch.stores.change, position.step, branch.since_full, plan.probe.label
-        )
 
     def _handing_over(self, compiled: Compiled, index: int, kind: str, moment: Moment) -> tuple[str, Moment]:
         """The program of a call and its moment; before another model's call it is one that fetches for that."""
@@ -525,35 +459,11 @@ class Runtime:
         last = compiled.last.get(index)
         if last is None or last.before != tuple(expected.first):
             with CAPTURE_LOCK.capturing():
-                last = self._made_last(compiled, index, expected)
+                last = make_last(compiled, index, expected, self.module, self.policy, self.homes.device)
         if last.plan is None:
             return swap.variants[index], moment
         handed = self._ledger.hand_to(expected.tracker)
         return last.name, replace(moment, following=expected.first[0], handed=handed)
-
-    def _made_last(self, compiled: Compiled, index: int, expected: Stretch) -> LastCall:
-        """What a call does as the last one before another model's; its program is made where it fetches anything."""
-        swap, before = compiled.plan.swap, tuple(expected.first)
-        assert swap is not None
-        base, device = swap.names[index], self.homes.device
-        name = f"{base}_last_{index + 1}"
-        needs = {name: like for name, like in first_needs(before).items() if like.device == device}
-        plan = plan_hand_over(swap, index, {weight: _device_bytes(like) for weight, like in needs.items()})
-        if not plan.sizes:
-            compiled.last[index] = LastCall(before, None, name)
-            return compiled.last[index]
-        captured = compiled.capture
-        assert isinstance(captured, Capture)
-        program = build_last(captured, compiled.plan, base, name, plan.transfers, needs)
-        log_programs(compiled.plan, {name: program})
-        user_names = [leaf.name for leaf in captured.layout.leaves]
-        compiled.programs[name] = program
-        compiled.bound[name] = BoundProgram(
-            program, self.module, captured.constants, user_names, settings=self.policy.compile
-        )
-        compiled.last[index] = LastCall(before, plan, name)
-        compiled.note_places()
-        return compiled.last[index]
 
     def _settle_weights(self, compiled: Compiled, position: Position) -> None:
         """Weights are where the programs expect them: at home, or all of them on the device."""
@@ -576,8 +486,11 @@ class Runtime:
             return place
         if plan.cut is None or schedule.is_full(position.step, num_steps) or not position.certain:
             return place
-        if plan.probe is not None and self._decides_for_full(plan, position):
-            return place
+        if plan.probe is not None and self._rule is not None:
+            change, label = branch.stores.change, plan.probe.label
+            assert change is not None  # the probe has run
+            if branch.decision.is_full(self._rule, change, position.step, branch.since_full, label):
+                return place
         step, name = 1, "reuse"
         if plan.swap is not None and len(plan.swap.names) > plan.branches:
             ahead = schedule.steps_to_full(position.step, num_steps)
@@ -680,21 +593,6 @@ def _holds_for(branch: Branch, inputs: Sequence[torch.Tensor], key: tuple[object
     if tuple(map(version_of, old)) != old_key or key[count:] != old_key[count:]:
         return False
     return all(map(torch.equal, inputs, old))
-
-
-def first_needs(programs: Sequence[BoundProgram]) -> dict[str, torch.Tensor]:
-    """Fake tensors like the weights that programs in a row find on the device as the first begins, in order of need."""
-    first, *others = programs
-    needs = first.first_needs()
-    for program in others:
-        needs |= {name: like for name, like in program.first_needs().items() if name in first.wanted}
-    return needs
-
-
-def _device_bytes(like: torch.Tensor) -> int:
-    """Bytes of a tensor as its device's allocator rounds them."""
-    rounding = CUDA_BLOCK if like.device.type == "cuda" else 1
-    return -(-like.numel() * like.element_size() // rounding) * rounding
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:
