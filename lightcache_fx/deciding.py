@@ -56,12 +56,10 @@ class Decision:
         Raises:
             ScheduleError: the change is no number.
         """
-        number: LateNumber | None = LateNumber(measured)
-        if rule.ahead:
-            number, self.newest = self.newest, number
+        late, self.newest = self.newest, LateNumber(measured) if rule.ahead else None
         if rule.max_reuse is not None and reused >= rule.max_reuse:
             return True
-        change = number.read() if number is not None else 0.0
+        change = late.read() if late is not None else 0.0 if rule.ahead else float(measured)
         if not math.isfinite(change):
             raise ScheduleError(
                 f"adaptive: at step {step} the change of {label} is {change}; expected a number. The indicator is zero,"

@@ -175,10 +175,9 @@ def _variants(plan: Plan, name: str) -> Iterable[tuple[str, Transfers]]:
     """What a program copies, once for each way in which it does."""
     if plan.swap is None:
         return {name: Transfers()}.items()
-    if name == "prologue":
-        return {name: plan.swap.prologue}.items()
-    if name == "probe":
-        return {name: Transfers()}.items()
+    once = {"prologue": plan.swap.prologue, "probe": Transfers()}
+    if name in once:
+        return {name: once[name]}.items()
     steps = zip(plan.swap.variants, plan.swap.names, plan.swap.transfers, strict=True)
     return {variant: transfers for variant, base, transfers in steps if base == name}.items()
 

@@ -91,34 +91,30 @@ class Schedule:
         if self.steps is not None:
             return step in self.steps
         if self.magnitude is not None:
-            return self._by_magnitude(total)[step]
+            return self._by_magnitude(self.magnitude, num_steps)[step]
         return self.adaptive is None and step % (self.interval or 1) == 0
 
-    def _by_magnitude(self, total: int | None) -> tuple[bool, ...]:
-        if total is None:
-            self.check(None)
-        assert total is not None
-        assert self.magnitude is not None
-        return full_steps(self.magnitude, total, self.first, self.last)
+    def _by_magnitude(self, rule: MagnitudeRule, num_steps: int | None) -> tuple[bool, ...]:
+        self.check(num_steps)
+        total = num_steps or self.num_steps
+        assert total is not None  # as checked
+        return full_steps(rule, total, self.first, self.last)
 
     def longest_interval(self, at_most: int) -> int:
         """The most steps from one full step to the next or to the run's end; `at_most` where that is not known."""
         if self.interval is not None:
             return min(self.interval, at_most)
-        most = self.adaptive.max_reuse if self.adaptive is not None else None
-        if self.magnitude is not None:
-            most = self.magnitude.max_reuse
-        if most is not None or self.adaptive is not None:
-            return at_most if most is None else min(most + 1, at_most)
+        if (rule := self.magnitude or self.adaptive) is not None:
+            return at_most if rule.max_reuse is None else min(rule.max_reuse + 1, at_most)
         total = self.num_steps or (len(self.mask) if self.mask is not None else max(self.steps or ()) + at_most)
         full = [step for step in range(total) if self.is_full(step)]
         return min(max(b - a for a, b in pairwise([*full, total])), at_most)
 
     def steps_to_full(self, step: int, num_steps: int | None = None) -> int | None:
         """How many steps after `step` the next full one is; None where the run ends before, or is not known to last."""
-        total = num_steps or self.num_steps or (len(self.mask) if self.mask is not None else None)
         if self.adaptive is not None:
             return None
+        total = num_steps or self.num_steps or (len(self.mask) if self.mask is not None else None)
         last = total if total is not None else step + _LOOK_AHEAD
         return next((later - step for later in range(step + 1, last) if self.is_full(later, num_steps)), None)
 

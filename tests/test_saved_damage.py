@@ -509,6 +509,39 @@ def test_edited_consistently(
     assert [path.name for path in tmp_path.iterdir()] == ["saved"], "something of the folder was run"
 
 
+@pytest.fixture(scope="module")
+def deciding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved module whose steps decide for themselves, and extrapolate."""
+    cache = lc.Cache(cut=0, adaptive=lc.Adaptive(threshold=0.5), order=1)
+    fast = lc.transform(Denoiser(), Policy(cache=cache))
+    fast(latent(0), torch.tensor(9.0), prompt(0))
+    lc.save(fast, tmp_path_factory.mktemp("deciding") / "saved")
+    return tmp_path_factory.getbasetemp() / "deciding0" / "saved"
+
+
+PROBES: list[tuple[Callable[[Any], object], str]] = [
+    (lambda d: d["plan"].update(probe=None), "its plan has no probe, unlike the policy"),
+    (lambda d: d["programs"].pop("probe"), r"is of programs \['full', 'probe', 'prologue', 'reuse'\], but it has"),
+    (lambda d: d["plan"]["probe"]["handed"].pop(), "its plan's probe program returns 0 tensors and"),
+    (lambda d: d["programs"]["probe"]["state"].pop(), "probe program returns"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), PROBES)
+def test_edited_probes(deciding: Path, tmp_path: Path, change: Callable[[Any], object], expected: str) -> None:
+    lc.load(deciding)
+    edited = Path(shutil.copytree(deciding, tmp_path / "saved"))
+    edit(edited, change)
+    assert re.search(expected, refused(edited))
+
+
+def test_a_probe_without_a_policy_for_it(deciding: Path, folder: Path) -> None:
+    """The plan of steps that decide, in the folder of a module whose steps do not."""
+    probe = json.loads((deciding / SIGNATURE).read_text())["plan"]["probe"]
+    edit(folder, lambda d: d["plan"].update(probe=probe))
+    assert "its plan has a probe, unlike the policy" in refused(folder)
+
+
 def first_region(data: Any) -> Any:
     """The first region that overwrites an input."""
     return next(r for r in data["programs"]["full"]["regions"].values() if r["overwrites"])
