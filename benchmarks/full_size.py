@@ -35,6 +35,7 @@ from torch.utils import _pytree as pytree
 import lightcache_fx as lc
 from benchmarks.common import RESULTS, environment, markdown_table, write_json
 from benchmarks.figures.style import COLOURS, FOLDER, written
+from lightcache_fx.capture import Capture
 from lightcache_fx.cli.planning import Made, Wish, make
 from lightcache_fx.cli.presets import PRESETS
 from lightcache_fx.cli.stages import STAGES, Meter
@@ -59,17 +60,16 @@ def stage_of(stage: Stage) -> str:
     return stage.name if stage.name in STAGES else "encode"
 
 
+def _planned(stage: Stage, policy: lc.Policy) -> tuple[Capture, lc.Plan]:
+    """What a stage's call is captured as, and the plan of it on a CUDA device."""
+    return capture_and_plan(
+        stage.module, stage.args, stage.kwargs, policy, method=stage.method, device="cuda", hardware=None
+    )
+
+
 def activations(stage: Stage) -> int:
     """Bytes that one call of a stage as it is allocates at most."""
-    captured, _ = capture_and_plan(
-        stage.module,
-        stage.args,
-        stage.kwargs,
-        lc.Policy(hoist=False),
-        method=stage.method,
-        device="cuda",
-        hardware=None,
-    )
+    captured, _ = _planned(stage, lc.Policy(hoist=False))
     return timeline(captured.graph_module.graph, cuda=True).peak_bytes
 
 
@@ -84,15 +84,7 @@ class Kept:
 
 def cached_step(stage: Stage, cache: lc.Cache) -> Kept:
     """Our cut alone."""
-    captured, plan = capture_and_plan(
-        stage.module,
-        stage.args,
-        stage.kwargs,
-        lc.Policy(cache=cache),
-        method=stage.method,
-        device="cuda",
-        hardware=None,
-    )
+    captured, plan = _planned(stage, lc.Policy(cache=cache))
     graphs = whole_graphs(captured, plan)
     steps = {name: timeline(graph, cuda=True).peak_bytes for name, graph in graphs.items() if name != "prologue"}
     assert plan.cut is not None

@@ -331,10 +331,8 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
         input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
     }
     slots = plan.cut.slots if plan.cut is not None else ()
-    if (probe := programs.get("probe")) is not None:  # before it, an old slot is not known to be of no use
-        old = sum(slot.num_bytes for slot in slots if slot.name not in fixed)
-        kept = {"full": old, "reuse": 0}
-        programs |= {name: behind_probe(programs[name], probe, size) for name, size in kept.items()}
+    if (probe := programs.get("probe")) is not None:
+        programs |= {name: behind_probe(programs[name], probe) for name in ("full", "reuse")}
     movable = {name for program in programs.values() for name in program.movables}
     repeated = capture.layout.is_repeated
     branches = plan.branches

@@ -31,8 +31,7 @@ from lightcache_fx.errors import CalibrationError, CutError
 from lightcache_fx.extrapolation import MAX_ORDER
 from lightcache_fx.module import runtime_of
 from lightcache_fx.observed import Observed
-from lightcache_fx.pipeline import TransformedPipeline, denoisers_of, restore, transform_pipeline
-from lightcache_fx.plan import Plan
+from lightcache_fx.pipeline import TransformedPipeline, denoisers_of, transform_pipeline
 from lightcache_fx.policy import Policy
 from lightcache_fx.runtime import Runtime
 from lightcache_fx.schedule import Schedule
@@ -84,18 +83,25 @@ def calibrate(
         max_reuse: the most reuse steps in a row.
         points: speeds that are tried of each cut and order, beside those of uniform intervals.
         probes: steps whose gain is measured; that of others is interpolated.
-        policy: anything else that generations are to run with; its cache is replaced.
+        policy: anything else that generations are to run with, but for swapping and memory budgets, which change no
+            result; its cache is replaced.
         progress: told what is done, in one line each time.
 
     Raises:
-        CalibrationError: no inputs, runs of different lengths, more than one denoiser, results that are no frames, or
-            cuts that save nothing.
+        CalibrationError: no inputs, a policy about memory, runs of different lengths, more than one denoiser, results
+            that are no frames, or cuts that save nothing.
         CutError: a cut that was asked for does not exist.
     """
     if isinstance(inputs, str | Mapping) or callable(inputs) or not inputs:
         given = type(inputs).__name__ if inputs else "nothing"
         raise CalibrationError(
             f"inputs: expected a list of prompts, of mappings of the pipeline's arguments, or of functions, got {given}"
+        )
+    policy = policy or Policy()
+    if policy.is_about_memory():
+        raise CalibrationError(
+            "policy: swapping and memory budgets change no result, and calibrating runs more than their plans know of;"
+            " leave swap and memory_budget out here, and give them to the policy that the calibration makes"
         )
     if isinstance(pipe, TransformedPipeline):
         raise CalibrationError("pipe: it is transformed already; give the original, restore(pipe)")
@@ -113,16 +119,15 @@ def calibrate(
     found: list[Point] = []
     num_steps = 0
     for cut in _candidates(module) if cuts is None else cuts:
-        with _Trial(pipe, names[0], cut, max_reuse, policy or Policy(), inputs) as trial:
-            try:
-                trial.record()
-            except CutError as error:
-                if cuts is not None:
-                    raise
-                log.info("not tried: %s", error)
-                continue
-            num_steps = trial.num_steps
-            found += trial.points(orders, points, probes, say)
+        try:
+            trial = _Trial(pipe, names[0], cut, max_reuse, policy, inputs)
+        except CutError as error:
+            if cuts is not None:
+                raise
+            log.info("not tried: %s", error)
+            continue
+        num_steps = trial.num_steps
+        found += trial.points(orders, points, probes, say)
     if not found:
         raise CalibrationError(
             "cuts: none of those that were tried saves anything; name some, as Cache(cut=...) takes them"
@@ -148,17 +153,13 @@ def _candidates(module: nn.Module) -> list[Cut]:
 
 
 class _Trial:
-    """One cut, on copies of the pipeline that are restored at the end.
+    """One cut: its run of full steps, done.
 
     Attributes:
-        num_steps: of each run; this and what follows is known when `record` has run.
+        num_steps: of each run.
         plain: what full steps make, by input.
         plan: of the model.
     """
-
-    num_steps: int
-    plain: list[Frames]
-    plan: Plan
 
     def __init__(
         self, pipe: Any, component: str, cut: Cut, max_reuse: int, policy: Policy, inputs: Sequence[Input]
@@ -167,31 +168,16 @@ class _Trial:
         self._max_reuse, self._policy, self._inputs = max_reuse, policy, inputs
         self._errors: dict[tuple[int, int], list[float]] = defaultdict(list)
         self._by_order: dict[int, Any] = {}
-
-    def record(self) -> None:
-        """Run each input with every step full, and note what reuses would do.
-
-        Raises:
-            CalibrationError: the runs have different lengths.
-            CutError: there is no such cut.
-        """
         fast, runtime = self._transformed(0)
         self.plain, lengths = [], []
-        with _observed(runtime, _Recorder(self._max_reuse, self._errors)):
-            for place in range(len(self._inputs)):
+        with _observed(runtime, _Recorder(max_reuse, self._errors)):
+            for place in range(len(inputs)):
                 self.plain.append(self._generate(fast, place))
                 lengths.append(1 + max(run.step for run in runtime.timeline()))
         self.plan = runtime.latest().plan
         if len(set(lengths)) > 1:
             raise CalibrationError(f"inputs: their runs have {sorted(set(lengths))} steps; give inputs of one number")
         self.num_steps = lengths[0]
-
-    def __enter__(self) -> _Trial:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fast in self._by_order.values():
-            restore(fast)
 
     def _transformed(self, order: int) -> tuple[Any, Runtime]:
         """The pipeline with all steps full until told otherwise, and what runs its denoiser."""

@@ -59,7 +59,7 @@ class Decision:
         late, self.newest = self.newest, LateNumber(measured) if rule.ahead else None
         if rule.max_reuse is not None and reused >= rule.max_reuse:
             return True
-        change = late.read() if late is not None else 0.0 if rule.ahead else float(measured)
+        change = _newest(late) if rule.ahead else float(measured)
         if not math.isfinite(change):
             raise ScheduleError(
                 f"adaptive: at step {step} the change of {label} is {change}; expected a number. The indicator is zero,"
@@ -75,6 +75,11 @@ class Decision:
     def begin_full(self) -> None:
         """Forget what has been summed: a full step comes."""
         self.summed, self.newest = 0.0, None
+
+
+def _newest(late: LateNumber | None) -> float:
+    """What was measured last; nothing has changed right behind a full step."""
+    return 0.0 if late is None else late.read()
 
 
 def _value_of(polynomial: list[float], x: float) -> float:

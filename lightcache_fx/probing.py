@@ -94,13 +94,12 @@ def plan_probe(facts: GraphFacts, adaptive: Adaptive, cut: CutChoice, module: nn
                 f"adaptive: {label} is computed from {describe(slot_node)}, which cut {cut.label} keeps, so it cannot"
                 f" be known before that; name an indicator that comes before the cut"
             )
-    full = [n for n in outputs(facts.graph) if isinstance(n, fx.Node)]
-    full += [n for pair in kept for n in pair if n is not None]
-    needed = _handed(full, before, stop=())
-    needed |= _handed([n for n in outputs(facts.graph) if isinstance(n, fx.Node)], before, stop=kept)
+    # What a full step reads and keeps: a reuse step reads nothing else, for it stops at what is kept.
+    needed = [n for n in outputs(facts.graph) if isinstance(n, fx.Node)]
+    needed += [n for pair in kept for n in pair if n is not None]
     order = {n: place for place, n in enumerate(facts.graph.nodes)}
     shared = {node} if base is None and owns_its_storage(node) else set()  # kept as the indicator, and counted there
-    values = sorted(needed, key=order.__getitem__)
+    values = sorted(_handed(needed, before), key=order.__getitem__)
     handed = tuple(Handed(n.name, 0 if n in shared else num_bytes(n)) for n in values)
     return ProbePlan(
         label=label,
@@ -163,11 +162,8 @@ def _entry(facts: GraphFacts, kept: Sequence[tuple[fx.Node, fx.Node | None]], re
     return max(read, key=lambda n: (num_bytes(n), order[n]))
 
 
-def _handed(
-    roots: Sequence[fx.Node], before: set[fx.Node], stop: Sequence[tuple[fx.Node, fx.Node | None]]
-) -> set[fx.Node]:
+def _handed(roots: Sequence[fx.Node], before: set[fx.Node]) -> set[fx.Node]:
     """The values of the probe that a program with these results reads; views of them are taken anew."""
-    bases = dict(stop)
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = list(roots)
@@ -176,10 +172,7 @@ def _handed(
         if node in seen:
             continue
         seen.add(node)
-        if node in bases:
-            base = bases[node]
-            stack += [base] if base is not None else []
-        elif node not in before or node.op in ("placeholder", "get_attr") or _is_light(node):
+        if node not in before or node.op in ("placeholder", "get_attr") or _is_light(node):
             stack += node.all_input_nodes
         else:
             found.add(node)

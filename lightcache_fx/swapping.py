@@ -248,19 +248,13 @@ def priced(
     return PricedProgram(name, tuple(ops), {name: m for name, m in movables.items() if name in named})
 
 
-def behind_probe(program: PricedProgram, probe: PricedProgram, kept_bytes: int) -> PricedProgram:
-    """A program as a step's probe runs before it, which finds on the device whatever the first call is to find there.
-
-    Args:
-        program: of the rest of the step.
-        probe: the step's.
-        kept_bytes: slots that are there during the probe, and gone when the first call begins.
-    """
+def behind_probe(program: PricedProgram, probe: PricedProgram) -> PricedProgram:
+    """The rest of a step as its probe runs before it: beside that is whatever the first call is to find there."""
     if not program.ops:
         return program
-    most = max(op.live_bytes for op in probe.ops) + kept_bytes
     first, *others = program.ops
-    return replace(program, ops=(replace(first, live_bytes=max(first.live_bytes, most)), *others))
+    most = max(first.live_bytes, *(op.live_bytes for op in probe.ops))
+    return replace(program, ops=(replace(first, live_bytes=most), *others))
 
 
 def rounded(node: fx.Node, rounding: int) -> int:

@@ -234,6 +234,8 @@ def test_magnitudes_by_hand() -> None:
     assert full_steps(rule._replace(max_reuse=1), 6) == (True, False, True, False, True, False)
     assert full_steps(rule, 6, first=3) == (True, True, True, False, True, False)
     assert full_steps(rule, 6, last=1) == (True, False, False, False, True, True)
+    grown = rule._replace(ratios=(1, 1, 1.1, 1.1, 1, 1), threshold=0.25)  # 0.1; 0.1 + 0.21; anew
+    assert full_steps(grown, 6) == (True, False, False, True, False, False)
     assert full_steps(rule._replace(ratios=(1.0, 3.0), retention=0), 4) == (True, False, True, True)  # 1, 1, 3, 3
 
 

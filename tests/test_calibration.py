@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import lightcache_fx as lc
 from lightcache_fx.calibration import weights_of
 from lightcache_fx.errors import CalibrationError, CutError, PolicyError, ScheduleError
+from lightcache_fx.pipeline import TransformedPipeline
 from lightcache_fx.quality import compare_videos
 from lightcache_fx.scheduling import best_schedules
 from lightcache_fx.settings import read_quality
@@ -222,6 +223,9 @@ def test_what_cannot_be_calibrated() -> None:
     for inputs, what in (([], "nothing"), ("a red car", "str"), ({"prompt": "a"}, "dict"), (clip(0), "function")):
         with pytest.raises(CalibrationError, match=f"inputs: expected a list of prompts, .*, got {what}"):
             lc.calibrate(pipe, inputs)
+    for about_memory in ({"swap": lc.Swap()}, {"memory_budget": "1GiB"}):
+        with pytest.raises(CalibrationError, match="policy: swapping and memory budgets change no result"):
+            lc.calibrate(pipe, [clip(0)], policy=lc.Policy(**about_memory))
     for orders in ((), (0, 4), (-1,)):
         with pytest.raises(CalibrationError, match="orders: expected some of 0 to 3"):
             lc.calibrate(pipe, [clip(0)], orders=orders)
@@ -254,12 +258,22 @@ def test_prompts_and_arguments() -> None:
 
 
 def test_a_cut_that_does_not_exist() -> None:
-    """Nothing is left of the attempt: weights that it swapped are back."""
-    pipe = load()
-    places = {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()}
     with pytest.raises(CutError, match="branch 0 to"):
-        lc.calibrate(pipe, [clip(0)], cuts=[99], policy=lc.Policy(swap=lc.Swap(budget="60%")))
-    assert {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()} == places
+        lc.calibrate(load(), [clip(0)], cuts=[99])
+
+
+def test_an_exception_of_an_input_is_the_users_own() -> None:
+    pipe = load()
+    state = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+
+    def broken(pipe: Any) -> Any:
+        clip(1)(pipe)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        lc.calibrate(pipe, [clip(0), broken], cuts=[0])
+    assert all(torch.equal(weight, state[name]) for name, weight in pipe.unet.state_dict().items())
+    assert not isinstance(pipe, TransformedPipeline)
 
 
 def test_not_behind_torch_compile(calibration: lc.Calibration, tmp_path: Path) -> None:
