@@ -38,7 +38,7 @@ from benchmarks.common import (
 from benchmarks.figures.style import FOLDER, written
 from benchmarks.schedulers import transformer_clip, unet_clip
 from examples.small_model import sample, sample_dit
-from examples.systems import denoiser_of
+from lightcache_fx.cli.stages import denoiser_of
 from lightcache_fx.quality import compare_videos
 
 STEPS = 25

@@ -24,7 +24,7 @@ from torch import nn
 import lightcache_fx as lc
 from examples.small_model import sample, sample_dit
 from examples.small_model.captions import caption
-from examples.systems import denoiser_of
+from lightcache_fx.cli.stages import denoiser_of
 from lightcache_fx.quality import compare_videos
 
 SCHEDULERS: Mapping[str, tuple[type[Any], dict[str, Any]]] = {

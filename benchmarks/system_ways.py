@@ -18,7 +18,7 @@ from torch import nn
 import lightcache_fx as lc
 from benchmarks.graphs import cache_dit_config, first_block_config, taylor_seer_config
 from benchmarks.swap_gpu import offload_groups, offload_models, remove_hooks
-from examples.systems import denoiser_of
+from lightcache_fx.cli.stages import denoiser_of
 
 
 class Skip(Exception):  # noqa: N818 - no error: a way that does not apply

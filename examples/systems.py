@@ -25,8 +25,7 @@ import lightcache_fx as lc
 from examples.random_pipelines import PUBLISHED, SMALL, Scale, arguments_without_text
 from lightcache_fx.cli.pictures import to_pixels, write_mp4
 from lightcache_fx.cli.presets import PRESETS
-from lightcache_fx.cli.stages import STAGES, Stopwatch, place
-from lightcache_fx.cli.stages import denoiser_of as denoiser_of
+from lightcache_fx.cli.stages import STAGES, Stopwatch, denoiser_of, place
 from lightcache_fx.cli.stages import modules_of as modules_of
 from lightcache_fx.cli.stages import resident_weight_bytes as resident_weight_bytes
 from lightcache_fx.quality import Frames

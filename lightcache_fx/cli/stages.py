@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lightcache_fx.cli.systems import DENOISERS
 from lightcache_fx.cli.timing import synchronize
 from lightcache_fx.errors import ArgumentError
 from lightcache_fx.liveness import timeline
 from lightcache_fx.measure import measure_stages
 from lightcache_fx.module import TransformedModule
+from lightcache_fx.pipeline import denoisers_of
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Policy, Swap
 from lightcache_fx.runtime import Runtime
@@ -82,15 +82,15 @@ def watched(scheduler: Any, begin: Callable[[str], None], stepped: Callable[[], 
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The U-Net or the transformer.
+    """The component that is called at each step; of several the first.
 
     Raises:
-        ArgumentError: the pipeline has neither.
+        ArgumentError: there is none.
     """
-    for name in DENOISERS:
-        if name in pipe.components:
-            return pipe.components[name]
-    raise ArgumentError(f"{type(pipe).__name__} has no {' and no '.join(DENOISERS)} to accelerate")
+    names = denoisers_of(pipe)
+    if not names:
+        raise ArgumentError(f"{type(pipe).__name__} has no component that takes a timestep, so nothing to accelerate")
+    return pipe.components[names[0]]
 
 
 def modules_of(pipe: Any) -> list[nn.Module]:
