@@ -41,8 +41,8 @@ from benchmarks.systems import BENCH
 from examples.random_pipelines import Scale
 from examples.small_model import sample
 from examples.stable_video_diffusion import SYSTEM
-from examples.systems import Stopwatch, Video
-from lightcache_fx.cli.stages import STAGES
+from examples.systems import Video
+from lightcache_fx.cli.stages import STAGES, Stopwatch
 from lightcache_fx.quality import compare_videos
 from lightcache_fx.units import format_bytes
 

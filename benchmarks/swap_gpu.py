@@ -53,7 +53,7 @@ from benchmarks.common import (
     write_json,
 )
 from examples.random_pipelines import byte_vocabulary
-from examples.systems import modules_of
+from lightcache_fx.cli.stages import modules_of
 from lightcache_fx.measure import measure_peak
 from lightcache_fx.module import TransformedModule
 from lightcache_fx.pipeline_plan import PlannedStage

@@ -48,8 +48,8 @@ from examples import animatediff, animatediff_lightning, easyanimate, modelscope
 from examples.random_pipelines import PUBLISHED, SMALL, Scale
 from examples.small_model.sample import first_frame, heldout_clip, load_pipeline
 from examples.small_model.sprites import FPS, IMAGE_SIZE, NUM_FRAMES
-from examples.systems import Stopwatch, System, Video
-from lightcache_fx.cli.stages import STAGES, predicted_peaks
+from examples.systems import System, Video
+from lightcache_fx.cli.stages import STAGES, Stopwatch, predicted_peaks
 from lightcache_fx.quality import Frames, compare_videos
 from lightcache_fx.units import format_bytes
 

@@ -26,8 +26,6 @@ from examples.random_pipelines import PUBLISHED, SMALL, Scale, arguments_without
 from lightcache_fx.cli.pictures import to_pixels, write_mp4
 from lightcache_fx.cli.presets import PRESETS
 from lightcache_fx.cli.stages import STAGES, Stopwatch, denoiser_of, place
-from lightcache_fx.cli.stages import modules_of as modules_of
-from lightcache_fx.cli.stages import resident_weight_bytes as resident_weight_bytes
 from lightcache_fx.quality import Frames
 from lightcache_fx.units import format_bytes
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 import lightcache_fx as lc
 from examples import animatediff, animatediff_lightning, easyanimate, modelscope, stable_video_diffusion
 from examples.random_pipelines import SMALL
-from examples.systems import Stopwatch, Video
-from lightcache_fx.cli.stages import STAGES, denoiser_of, watched
+from examples.systems import Video
+from lightcache_fx.cli.stages import STAGES, Stopwatch, denoiser_of, watched
 from lightcache_fx.measure import measure_peak, measure_stages
 
 # imageio's ffmpeg plugin leaves the pipes of its reader to the garbage collector.

@@ -18,8 +18,8 @@ from benchmarks.figures.style import COLOURS, FOLDER, written
 from benchmarks.system_ways import WAYS, Setup
 from benchmarks.systems import BENCH
 from examples.stable_video_diffusion import SYSTEM
-from examples.systems import Stopwatch, Video, resident_weight_bytes
-from lightcache_fx.cli.stages import STAGES
+from examples.systems import Video
+from lightcache_fx.cli.stages import STAGES, Stopwatch, resident_weight_bytes
 from lightcache_fx.measure import MemoryMoment, measure_over_time
 
 SHOWN = {"plain": "plain", "DeepCache": "deepcache", "ours": "lightcache"}
