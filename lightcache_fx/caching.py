@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 import pydantic
 
 from lightcache_fx.extrapolation import MAX_ORDER
-from lightcache_fx.settings import Bytes, Settings, read_as
+from lightcache_fx.settings import Bytes, Settings, settings_or_none
 
 StepIndex = Annotated[int, pydantic.Field(ge=0)]
 Finite = Annotated[float, pydantic.Field(allow_inf_nan=False, strict=False)]
@@ -170,7 +170,7 @@ class Cache(Settings):
     @classmethod
     def _read_rule(cls, value: object, info: pydantic.ValidationInfo) -> object:
         kinds: dict[str | None, type[Settings]] = {"magnitude": Magnitude, "adaptive": Adaptive, "guard": Guard}
-        return read_as(kinds[info.field_name], value)
+        return settings_or_none(kinds[info.field_name], value)
 
     @pydantic.field_validator("steps", "mask", mode="before")
     @classmethod

@@ -21,7 +21,7 @@ from torch import nn
 
 from lightcache_fx.caching import Cache, cut_to_plain
 from lightcache_fx.errors import PolicyError, nearest
-from lightcache_fx.settings import Budget, Bytes, Settings, read_as, read_quality
+from lightcache_fx.settings import Budget, Bytes, Settings, read_as, read_quality, settings_or_none
 
 Rate = Literal["const", "run", "step", "latent"]
 """How often a value can change: never, once a generation, once a denoising step, or with the latent itself."""
@@ -247,12 +247,7 @@ class Policy(Settings):
     @pydantic.field_validator("cache", mode="before")
     @classmethod
     def _read_cache(cls, value: object) -> object:
-        if isinstance(value, Mapping):
-            return Cache(**{str(key): item for key, item in value.items()})
-        if value is not None and not isinstance(value, Cache):
-            keys = ", ".join(Cache.model_fields)
-            raise ValueError(f"expected a Cache, or a mapping with the keys {keys}, got {value!r}")
-        return value
+        return settings_or_none(Cache, value)
 
     @pydantic.field_validator("calibration", mode="before")
     @classmethod
@@ -305,11 +300,7 @@ class Policy(Settings):
     @classmethod
     def _read_settings(cls, value: object, info: pydantic.ValidationInfo) -> object:
         kinds: dict[str | None, type[Chunk | Decode | Swap]] = {"chunk": Chunk, "decode": Decode, "swap": Swap}
-        kind = kinds[info.field_name]
-        if value is not None and not isinstance(value, kind | Mapping):
-            keys = ", ".join(kind.model_fields)
-            raise ValueError(f"expected a {kind.__name__}, or a mapping with the keys {keys}, got {value!r}")
-        return read_as(kind, value)
+        return settings_or_none(kinds[info.field_name], value)
 
     def resolved(self, module: nn.Module) -> Policy:
         """With the cache that a calibration gives for what is asked.

@@ -64,6 +64,19 @@ def read_as(kind: type[S], value: object) -> object:
     return kind(**{str(key): item for key, item in value.items()}) if isinstance(value, Mapping) else value
 
 
+def settings_or_none(kind: type[S], value: object) -> object:
+    """As `read_as`, of what may be left out; anything but settings and mappings is refused.
+
+    Raises:
+        ValueError: says which keys a mapping would have.
+    """
+    if value is not None and not isinstance(value, kind | Mapping):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        keys = ", ".join(kind.model_fields)
+        raise ValueError(f"expected {article} {kind.__name__}, or a mapping with the keys {keys}, got {value!r}")
+    return read_as(kind, value)
+
+
 def read_quality(text: str) -> tuple[str, float]:
     """`psnr>=30` -> its measure and number.
 

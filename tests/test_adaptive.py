@@ -304,6 +304,19 @@ def test_bad_magnitudes(settings: dict[str, Any], match: str) -> None:
         lc.Magnitude(**settings)
 
 
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"adaptive": 0.1}, "adaptive: expected an Adaptive, or a mapping with the keys threshold, indicator, of"),
+        ({"magnitude": [1.0, 0.9]}, "magnitude: expected a Magnitude, or a mapping with the keys ratios, threshold"),
+        ({"interval": 2, "guard": 0.1}, "guard: expected a Guard, or a mapping with the keys bound, every, got 0.1"),
+    ],
+)
+def test_numbers_instead_of_rules(rule: dict[str, Any], expected: str) -> None:
+    with pytest.raises(PolicyError, match=expected):
+        lc.Cache(cut=0, **rule)
+
+
 def test_two_schedules_are_refused() -> None:
     with pytest.raises(PolicyError, match="exactly one of interval, steps, mask, magnitude, adaptive"):
         lc.Cache(cut=0, interval=2, adaptive=lc.Adaptive(threshold=0.1))
