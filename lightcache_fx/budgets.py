@@ -29,6 +29,7 @@ from lightcache_fx.swapping import (
     fixed_inputs,
     least_movable,
     priced,
+    without,
     workload_of,
 )
 from lightcache_fx.units import format_bytes
@@ -179,7 +180,8 @@ def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
     held = plan.weight_bytes + plan.always_bytes
 
     def beside_all(name: str) -> int:
-        return budget - held - plan.slot_bytes * (plan.branches - (name in ("full", "prologue")))
+        made = sum(slot.num_bytes for slot in (plan.made_by(name) if name in plan.programs else plan.slots))
+        return budget - held - plan.slot_bytes * plan.branches + (made if name != "probe" else 0)
 
     if beside_all("reuse") > 0:
         yield beside_all
@@ -322,22 +324,24 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     on_cuda = timeline(graphs["full"], cuda=cuda).cuda
     hardware = hardware or hardware_of(graphs["full"], cuda=on_cuda, folder=swap.folder)
     least, fixed = least_movable(plan.weight_bytes), set[str]()
+    features = swap.features and len(plan.schedule.each) < 2  # slots that steps make anew one by one stay
     for graph in graphs.values():
-        fixed |= fixed_inputs(graph, least=least, weights=swap.weights, features=swap.features)
+        fixed |= fixed_inputs(graph, least=least, weights=swap.weights, features=features)
     if "probe" in graphs:  # which runs before it is known what comes
         fixed |= {input_of(n).name for n in placeholders(graphs["probe"]) if _is_weight(n)}
     programs = {name: priced(name, graph, hardware.machine, fixed, cuda=cuda) for name, graph in graphs.items()}
     weights = {
         input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
     }
-    slots = plan.cut.slots if plan.cut is not None else ()
     if (probe := programs.get("probe")) is not None:
         programs |= {name: behind_probe(programs[name], probe) for name in ("full", "reuse")}
     movable = {name for program in programs.values() for name in program.movables}
     repeated = capture.layout.is_repeated
     branches = plan.branches
     held = plan.always_bytes + sum(size for name, size in weights.items() if name not in movable)
-    held += branches * sum(slot.num_bytes for slot in slots if slot.name in fixed)
+    held += branches * sum(slot.num_bytes for slot in plan.slots if slot.name in fixed)
+    for name in plan.programs:  # while it makes what it keeps, the device does not have that already
+        programs[name] = without(programs[name], sum(s.num_bytes for s in plan.made_by(name) if s.name in fixed))
     steps = plan.period if repeated else ("full",)
     cycle = workload_of([programs[name] for name in steps], held, cyclic=repeated, branches=branches)
     names = tuple(name for name in steps for _ in range(branches))

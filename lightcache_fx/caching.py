@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import pydantic
@@ -120,7 +120,8 @@ class Cache(Settings):
 
     Attributes:
         cut: a depth on a U-Net's up path (DeepCache's branch id, Ma et al. 2023: 0 is the outermost skip connection), a
-            module path or several, a `Residual` range, `"auto"` or `Auto(...)`.
+            module path or several, a `Residual` range, `"auto"` or `Auto(...)`. In a path `*` stands for one part of it
+            and `**` for any number of them: `blocks.*.attn1`, `**.attn2`.
         interval: every `interval`-th step is full, counted from the first; 1 makes every step full.
         steps: the indices of the full steps, instead of an interval.
         mask: one boolean a step, true for full, instead of an interval; its length must be the number of steps.
@@ -213,3 +214,26 @@ def cut_to_plain(cut: Cut) -> object:
             return {"auto": cut.model_dump()}
         case _:
             return cut
+
+
+def check_several(caches: Sequence[Cache]) -> None:
+    """Raise a `ValueError` where caches cannot be used beside each other."""
+    if not caches:
+        raise ValueError("an empty list of caches; leave `cache` out for a lossless policy, got []")
+    if len(caches) == 1:
+        return
+    for place, cache in enumerate(caches):
+        for name in ("adaptive", "magnitude"):
+            if getattr(cache, name) is not None:
+                raise ValueError(
+                    f"cache {place} of {len(caches)} has {name}; of several caches each has an interval, steps or a"
+                    f" mask"
+                )
+        if isinstance(cache.cut, Auto):
+            raise ValueError(f"cache {place} of {len(caches)} has cut='auto'; of several caches each names its cut")
+    if sum(cache.guard is not None for cache in caches) > 1:
+        raise ValueError("guard is about all caches; give it with one of them")
+    totals = {cache.num_steps for cache in caches if cache.num_steps is not None}
+    totals |= {len(cache.mask) for cache in caches if cache.mask is not None}
+    if len(totals) > 1:
+        raise ValueError(f"caches are for runs of different lengths, {sorted(totals)} steps; make them equal")

@@ -34,7 +34,7 @@ from lightcache_fx.observed import Observed
 from lightcache_fx.pipeline import TransformedPipeline, denoisers_of, transform_pipeline
 from lightcache_fx.policy import Policy
 from lightcache_fx.runtime import Runtime
-from lightcache_fx.schedule import Schedule
+from lightcache_fx.schedule import Schedule, Schedules
 from lightcache_fx.scheduling import best_schedules
 from lightcache_fx.stores import Stores
 
@@ -290,7 +290,7 @@ def _observed(runtime: Runtime, observe: Callable[[Observed], None]) -> Iterator
 @contextmanager
 def _scheduled(runtime: Runtime, steps: Sequence[int]) -> Iterator[None]:
     """While active, these steps are full, and all others are reused."""
-    runtime.schedule = Schedule(interval=None, steps=frozenset(steps))
+    runtime.schedule = Schedules((Schedule(interval=None, steps=frozenset(steps)),))
     try:
         yield
     finally:

@@ -6,8 +6,9 @@ A cut is a tuple of slots. A `value` slot keeps a node's value; on a reuse step 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
@@ -31,12 +32,14 @@ class Slot:
         node: name of the graph node that is kept.
         base: for a residual, the name of the node that the difference is taken to; None for a value.
         num_bytes: bytes of the kept tensor.
+        cache: the place of the cache, among those of the policy, that keeps it.
     """
 
     name: str
     node: str
     base: str | None
     num_bytes: int
+    cache: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,43 @@ def choose_cut(facts: GraphFacts, cut: Cut, module: nn.Module) -> tuple[CutChoic
     return choice, []
 
 
+def choose_cuts(
+    facts: GraphFacts, caches: Sequence[Cache], module: nn.Module
+) -> tuple[CutChoice | None, list[CutChoice]]:
+    """Resolve what all caches of a policy keep, as one cut whose slots know which of them they are of.
+
+    Returns:
+        as `choose_cut`; None without caches.
+
+    Raises:
+        CutError: as `choose_cut`, or two caches keep the same value.
+    """
+    if not caches:
+        return None, []
+    choices = [choose_cut(facts, cache.cut, module) for cache in caches]
+    if len(choices) == 1:
+        return choices[0]
+    nodes = {node.name: node for node in facts.graph.nodes}
+    owners: dict[str, int] = {}
+    for place, (choice, _) in enumerate(choices):
+        for slot in choice.slots:
+            if slot.node in owners:
+                raise CutError(
+                    f"cache {place} keeps {describe(nodes[slot.node])} of cut {choice.label}, and so does cache"
+                    f" {owners[slot.node]}; name each module in one of them"
+                )
+            owners[slot.node] = place
+    kept = [pair for choice, _ in choices for pair in kept_nodes(choice.slots, nodes)]
+    whole = measure_cut(facts, " and ".join(choice.label for choice, _ in choices), kept)
+    slots = tuple(replace(slot, cache=owners[slot.node]) for slot in whole.slots)
+    return replace(whole, slots=slots), []
+
+
+def kept_nodes(slots: Sequence[Slot], nodes: Mapping[str, fx.Node]) -> list[tuple[fx.Node, fx.Node | None]]:
+    """The nodes of slots, and their bases."""
+    return [(nodes[slot.node], nodes[slot.base] if slot.base is not None else None) for slot in slots]
+
+
 def depth_cut(facts: GraphFacts, depth: int) -> CutChoice:
     """The up-path value that skip connection number `depth`, counted from the outermost, joins."""
     joins = find_joins(facts.graph, facts.flops, facts.rates)
@@ -134,11 +174,17 @@ def _skips(count: int) -> str:
 
 
 def module_cut(facts: GraphFacts, paths: Sequence[str], module: nn.Module) -> CutChoice:
-    """Everything that the named modules return, as far as it changes within a run."""
+    """Everything that the named modules return, as far as it changes within a run.
+
+    Of the modules that a pattern stands for, those that keep nothing are left out, as long as any keeps something.
+    """
     found = marked_nodes(facts.graph, facts.marks)
     kept: list[tuple[fx.Node, fx.Node | None]] = []
     for path in paths:
         check_path(module, path)
+        if "*" in path:
+            kept += _of_pattern(facts, path, module)
+            continue
         marked = [mark for mark in facts.marks if mark.path == path and mark.side == "out"]
         if not marked:
             raise CutError(
@@ -156,6 +202,19 @@ def module_cut(facts: GraphFacts, paths: Sequence[str], module: nn.Module) -> Cu
             )
         kept += [(node, None) for node in moving]
     return measure_cut(facts, ", ".join(paths), kept)
+
+
+def _of_pattern(facts: GraphFacts, pattern: str, module: nn.Module) -> list[tuple[fx.Node, None]]:
+    """What the modules that a pattern stands for return, as far as it changes within a run and reaches the output."""
+    paths = set(matching(pattern, module))
+    found = marked_nodes(facts.graph, facts.marks)
+    moving = [n for m, n in found.items() if m.path in paths and m.side == "out" and changes_within_run(facts.rates[n])]
+    if not moving:
+        raise CutError(
+            f"cut={pattern!r}: nothing that these {len(paths)} modules return changes within a run and reaches the"
+            f" output; name modules that do"
+        )
+    return [(node, None) for node in dict.fromkeys(moving)]
 
 
 def residual_cut(facts: GraphFacts, first: str, last: str, module: nn.Module) -> CutChoice:
@@ -248,10 +307,13 @@ def measure_cut(facts: GraphFacts, label: str, kept: Sequence[tuple[fx.Node, fx.
     )
 
 
-def reuse_nodes(graph: fx.Graph, kept: Sequence[tuple[fx.Node, fx.Node | None]]) -> set[fx.Node]:
-    """The nodes that still run on a reuse step."""
+def reuse_nodes(
+    graph: fx.Graph, kept: Sequence[tuple[fx.Node, fx.Node | None]], made: Sequence[tuple[fx.Node, fx.Node | None]] = ()
+) -> set[fx.Node]:
+    """The nodes that still run on a step that reuses what is `kept`, and computes what is `made` for later ones."""
     bases = dict(kept)
     roots = [n for n in outputs(graph) if isinstance(n, fx.Node)]
+    roots += [node for pair in made for node in pair if node is not None]
     found: set[fx.Node] = set()
     stack = list(roots)
     while stack:
@@ -267,21 +329,36 @@ def reuse_nodes(graph: fx.Graph, kept: Sequence[tuple[fx.Node, fx.Node | None]])
     return found
 
 
+def matching(pattern: str, module: nn.Module) -> list[str]:
+    """The module paths that a pattern stands for: `*` is one part of a path, or some of it, and `**` any number."""
+    either = {"**": ".*", "*": "[^.]*"}
+    expression = "".join(either.get(part) or re.escape(part) for part in re.split(r"(\*\*|\*)", pattern))
+    return [name for name, _ in module.named_modules() if name and re.fullmatch(expression, name)]
+
+
 def check_path(module: nn.Module, path: str, argument: str = "cut") -> None:
-    """Raise a `CutError` with the nearest names where `path` is no submodule."""
+    """Raise a `CutError` with the nearest names where `path` is no submodule, or a pattern that no submodule has."""
     known = [name for name, _ in module.named_modules() if name]
-    if path not in known:
+    if "*" in path and argument == "cut":
+        if not matching(path, module):
+            raise CutError(
+                f"{argument}={path!r}: {type(module).__name__} has no modules of such paths; * stands for one part of a"
+                f" path and ** for any number of them, as in 'blocks.*.attn1' or '**.attn1'"
+            )
+    elif path not in known:
         raise CutError(f"{argument}={path!r}: {type(module).__name__} has no such module{nearest(path, known)}")
 
 
-def paths_to_mark(cache: Cache | None, module: nn.Module) -> list[str]:
-    """The module paths whose arguments and results a capture must mark: of the cut, and of what steps decide by.
+def paths_to_mark(caches: Sequence[Cache], module: nn.Module) -> list[str]:
+    """The module paths whose arguments and results a capture must mark: of cuts, and of what steps decide by.
 
     Raises:
         CutError: a path is no submodule.
     """
-    if cache is None:
-        return []
+    return list(dict.fromkeys(path for cache in caches for path in _paths_of(cache, module)))
+
+
+def _paths_of(cache: Cache, module: nn.Module) -> list[str]:
     match cache.cut:
         case Residual():
             paths = [cache.cut.first, cache.cut.last]
@@ -298,7 +375,7 @@ def paths_to_mark(cache: Cache | None, module: nn.Module) -> list[str]:
     if cache.adaptive is not None and cache.adaptive.indicator is not None:
         check_path(module, cache.adaptive.indicator, "indicator")
         paths = [*paths, cache.adaptive.indicator]
-    return list(dict.fromkeys(paths))
+    return [found for path in paths for found in (matching(path, module) if "*" in path else [path])]
 
 
 def block_lists(module: nn.Module) -> list[list[str]]:

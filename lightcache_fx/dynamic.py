@@ -42,7 +42,7 @@ def may_be_dynamic(policy: Policy, method: str) -> bool:
         policy.chunk is not None or policy.is_about_memory() or (policy.decode is not None and method != "forward")
     )
     with_graphs = policy.compile is not None and policy.compile.mode in WITH_CUDA_GRAPHS
-    decides = policy.cache is not None and policy.cache.adaptive is not None
+    decides = policy.adaptive is not None
     return policy.dynamic is not False and not in_bytes and not with_graphs and not decides
 
 
@@ -81,8 +81,7 @@ def at_its_size(made: Compiled, module: nn.Module) -> Compiled | None:
 
 def _kept(plan: Plan) -> tuple[object, ...]:
     """The nodes of what a plan keeps between steps and computes once."""
-    slots = plan.cut.slots if plan.cut is not None else ()
-    return [(slot.node, slot.base) for slot in slots], {value.node for value in plan.hoist.values}
+    return [(slot.node, slot.base) for slot in plan.slots], {value.node for value in plan.hoist.values}
 
 
 class DynamicSizes:
@@ -220,13 +219,13 @@ class DynamicSizes:
 
     def _beyond_limits(self, dynamic: DynamicCapture, layout: CallLayout) -> str:
         """Which of the policy's limits, which are in bytes, the plan does not keep at a size; empty for none."""
-        cache, plan, values = self.policy.cache, dynamic.plan, dynamic.sizes.values(layout)
+        plan, values = dynamic.plan, dynamic.sizes.values(layout)
         nodes = {node.name: node for node in dynamic.capture.graph_module.graph.nodes}
-        auto = cache.cut if cache is not None and isinstance(cache.cut, Auto) else None
+        auto = next((cache.cut for cache in self.policy.caches if isinstance(cache.cut, Auto)), None)
         limits = {
             "max_kept_bytes": (
                 auto.max_kept_bytes if auto is not None else None,
-                [slot.node for slot in plan.cut.slots] if plan.cut else [],
+                [slot.node for slot in plan.slots],
             ),
             "max_hoisted_bytes": (self.policy.max_hoisted_bytes, [value.node for value in plan.hoist.values]),
         }
@@ -261,5 +260,4 @@ def _cut_of(graph: fx.Graph, plan: Plan) -> list[list[object]]:
     def place(name: str | None) -> tuple[object, ...]:
         return () if name is None else (module_path(nodes[name]), str(nodes[name].target))
 
-    slots = plan.cut.slots if plan.cut is not None else ()
-    return [[*place(slot.node), *place(slot.base), slot.num_bytes] for slot in slots]
+    return [[*place(slot.node), *place(slot.base), slot.num_bytes] for slot in plan.slots]

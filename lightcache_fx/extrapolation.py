@@ -17,12 +17,18 @@ from itertools import pairwise
 import torch
 
 COEFFICIENTS = "coefficients"
+COEFFICIENT_BYTES = 4
 MAX_ORDER = 3
 
 
 def num_coefficients(order: int) -> int:
     """A gap and a weight for each order."""
     return 2 * order
+
+
+def coefficients_name(cache: int) -> str:
+    """The input that the slots of a cache, by its place in the policy, are weighed by."""
+    return f"{COEFFICIENTS}_{cache}" if cache else COEFFICIENTS
 
 
 def older_name(slot: str, age: int) -> str:

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from lightcache_fx.passes.insert_transfers import LocalStay, Transfers
 from lightcache_fx.plan import Plan
+from lightcache_fx.schedule import program_name
 from lightcache_fx.simulator import Engines, static_bytes
 from lightcache_fx.swapping import SwapSchedule
 from lightcache_fx.workload import Link, Residence, Stay
@@ -102,10 +103,11 @@ def last_call(plan: Plan, calls: int) -> int:
     if swap is None or not swap.workload.cyclic:
         return 0
     last = max(1, calls // swap.branches) - 1
-    since_full = last - max(step for step in range(last + 1) if step == 0 or plan.schedule.is_full(step, last + 1))
-    step = 0
+    schedule, step = plan.schedule, 0
+    since_full = last - max(step for step in range(last + 1) if step == 0 or schedule.is_full(step, last + 1))
     if since_full and len(swap.names) > swap.branches:
-        step = swap.step_for(since_full, plan.schedule.steps_to_full(last, last + 1))
+        name, before = (program_name(schedule.fresh(i, last + 1), len(schedule.each)) for i in (last, last - 1))
+        step = swap.step_for(name, before, since_full, schedule.steps_to_full(last, last + 1))
     return (step + 1) * swap.branches - 1
 
 

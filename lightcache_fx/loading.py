@@ -241,10 +241,12 @@ class LoadedRuntime(Runtime):
             file, programs, plan, call.layout, call.num_tensors, types, lambda leaf: self.reader.rate_of(leaf.parameter)
         )
         names = [leaf.name for leaf in call.layout.leaves]
-        bound = {
-            name: BoundProgram(program, self.module, held, names, settings=self.policy.compile, packages=packages)
-            for name, program in programs.items()
-        }
+        bound: dict[str, BoundProgram] = {}
+        for name in (*(other for other in programs if other not in plan.programs), *plan.programs):
+            bound[name] = BoundProgram(
+                programs[name], self.module, held, names, settings=self.policy.compile, packages=packages,
+                beside=bound.get("full"),
+            )  # fmt: skip
         known = self.compiled.get((call.layout, self._state.key))
         signature = known.signature if known is not None else Signature(call, without_memory(plan), self._state)
         if known is not None:
@@ -307,6 +309,8 @@ def _bytes_needed(made: Compiled, branches: int) -> int:
     for program in made.programs.values():
         made_here = {kind for kind, _ in program.state}
         held = sum(size * (branches - (kind in made_here)) for kind, size in kept.items())
+        if "slot" in made_here:  # of several caches some stay
+            held += sum(slot.num_bytes for slot in made.plan.slots if ("slot", slot.name) not in program.state)
         highest = max(highest, held + timeline(program.graph_module.graph).peak_bytes)
     return sum(weights.values()) + highest
 

@@ -32,7 +32,7 @@ from lightcache_fx.policy import Policy
 from lightcache_fx.probing import ProbePlan
 from lightcache_fx.program import Program
 from lightcache_fx.runs import MAX_BRANCHES
-from lightcache_fx.schedule import Schedule
+from lightcache_fx.schedule import Schedules
 
 FORMAT = 1
 """Of the folder; raised whenever what is in it changes its meaning."""
@@ -346,6 +346,7 @@ class BodyRecord(Record):
     copied: tuple[bool, ...]
 
 
+ProgramName = Annotated[str, pydantic.Field(pattern=r"^(prologue|probe|full|reuse|fresh\d+(and\d+)*)$", max_length=200)]
 SavedState = Literal["slot", "hoisted", "change", "indicator", "handed"]
 
 
@@ -371,6 +372,7 @@ class PlanRecord(Record):
     chunks: dict[str, ChunkPlan]
     branches: Annotated[int, pydantic.Field(ge=1, le=MAX_BRANCHES)]
     probe: ProbePlan | None = None
+    combined_flops: dict[ProgramName, Size] = pydantic.Field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> PlanRecord:
@@ -385,6 +387,7 @@ class PlanRecord(Record):
             chunks=dict(plan.chunks),
             branches=plan.branches,
             probe=plan.probe,
+            combined_flops=dict(plan.combined_flops),
         )
 
     def plan(self, model: str, policy: Policy) -> Plan:
@@ -392,7 +395,7 @@ class PlanRecord(Record):
         return Plan(
             model=model,
             policy=policy,
-            schedule=Schedule.of(policy.cache),
+            schedule=Schedules.of(policy.caches),
             hoist=self.hoist,
             cut=self.cut,
             candidates=self.candidates,
@@ -402,6 +405,7 @@ class PlanRecord(Record):
             chunks=self.chunks,
             branches=self.branches,
             probe=self.probe,
+            combined_flops=self.combined_flops,
         )
 
 
@@ -422,7 +426,7 @@ class SignatureRecord(Record):
     output: OutputRecord
     route: str
     plan: PlanRecord
-    programs: dict[Literal["prologue", "probe", "full", "reuse"], ProgramRecord]
+    programs: dict[ProgramName, ProgramRecord]
 
 
 def state_of(program: Program) -> tuple[tuple[SavedState, str], ...]:

@@ -366,7 +366,7 @@ def capture_and_plan(
         method = "decode" if is_autoencoder(module) else "forward"
     policy = policy_for(module, policy, method).resolved(module)
     reader = CallReader(module, rates=policy.rates, method=method)
-    marked = paths_to_mark(policy.cache, module)
+    marked = paths_to_mark(policy.caches, module)
     call = reader.read(tuple(args), dict(kwargs or {}))
     placement = placement_of(module, policy)
     computes_on = placement.device_for(reader.owner, call.tensors)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,13 +13,14 @@ from rich.table import Table
 from torch import nn
 
 from lightcache_fx.capture import Capture
-from lightcache_fx.cuts import CutChoice, GraphFacts, choose_cut
+from lightcache_fx.cuts import CutChoice, GraphFacts, Slot, choose_cuts, kept_nodes, reuse_nodes
+from lightcache_fx.extrapolation import COEFFICIENT_BYTES, num_coefficients
 from lightcache_fx.graphs import copy_graph
 from lightcache_fx.hoisting import HoistPlan, plan_hoisting
 from lightcache_fx.passes.split_run_invariants import split_run_invariants
 from lightcache_fx.policy import Policy
 from lightcache_fx.probing import ProbePlan, plan_probe
-from lightcache_fx.schedule import Schedule
+from lightcache_fx.schedule import Schedules, fresh_of, program_name
 from lightcache_fx.units import format_bytes
 
 if TYPE_CHECKING:
@@ -52,12 +54,13 @@ class Plan:
         branches: how many calls a step has, one for each branch of guidance: budgets count the slots and hoisted values
             of all of them.
         probe: where a step is split behind what it decides by, where the policy lets steps decide.
+        combined_flops: FLOPs of the programs that compute some of what is kept, by name.
         beside: bytes that calls of other signatures in a step (a prompt of another length) keep on the device.
     """
 
     model: str
     policy: Policy
-    schedule: Schedule
+    schedule: Schedules
     hoist: HoistPlan
     cut: CutChoice | None
     candidates: tuple[CutChoice, ...]
@@ -69,19 +72,57 @@ class Plan:
     branches: int = 1
     beside: int = 0
     probe: ProbePlan | None = None
+    combined_flops: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def programs(self) -> tuple[str, ...]:
+        """The programs of steps: `full`, and `reuse` where anything is kept; of several caches, what steps combine."""
+        count = len(self.schedule.each)
+        if self.cut is None:
+            return ("full",)
+        combined = [program_name(fresh, count) for fresh in self.schedule.combinations()] if count > 1 else []
+        return tuple(dict.fromkeys(("full", *combined, "reuse")))
 
     @property
     def period(self) -> tuple[str, ...]:
-        """The programs of the steps from one full step to the next; of a long interval, so many as are told apart."""
+        """The programs of the steps from one full step to the next; of a long interval, so many as are told apart.
+
+        Of several caches, the steps until each program has run, or until they repeat.
+        """
         if self.cut is None:
             return ("full",)
         longest = max(_MIN_PERIOD, min(MAX_PERIOD, _MAX_CALLS // self.branches))
+        count = len(self.schedule.each)
+        if count > 1:
+            combined = [program_name(fresh, count) for fresh in self.schedule.combinations()]
+            first = combined.index("full", 1) if "full" in combined[1:] else len(combined)
+            steps = combined[: min(first, longest)]
+            return (*steps, *(name for name in dict.fromkeys(combined) if name not in steps))
         return ("full", *["reuse"] * (self.schedule.longest_interval(longest) - 1))
 
+    def order_of(self, cache: int) -> int:
+        """Of the Taylor expansion that reuse steps read a cache's slots by."""
+        return self.policy.caches[cache].order
+
     @property
-    def order(self) -> int:
-        """Of the Taylor expansion that reuse steps read slots by."""
-        return self.policy.cache.order if self.policy.cache is not None else 0
+    def highest_order(self) -> int:
+        """Of the expansions of all caches."""
+        return max((cache.order for cache in self.policy.caches), default=0)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All that is kept between steps."""
+        return self.cut.slots if self.cut is not None else ()
+
+    def made_by(self, name: str) -> tuple[Slot, ...]:
+        """The slots that a program of steps makes."""
+        fresh = fresh_of(name, len(self.schedule.each))
+        return tuple(slot for slot in self.slots if slot.cache in fresh)
+
+    def read_by(self, name: str) -> tuple[Slot, ...]:
+        """The slots that a program of steps reads."""
+        fresh = fresh_of(name, len(self.schedule.each))
+        return tuple(slot for slot in self.slots if slot.cache not in fresh)
 
     @property
     def slot_bytes(self) -> int:
@@ -91,7 +132,7 @@ class Plan:
     @property
     def history_bytes(self) -> int:
         """Bytes of what earlier full steps kept, where slots are extrapolated; it stays on the device."""
-        return self.order * self.slot_bytes
+        return sum(self.order_of(slot.cache) * slot.num_bytes for slot in self.slots)
 
     @property
     def indicator_bytes(self) -> int:
@@ -107,7 +148,8 @@ class Plan:
     def always_bytes(self) -> int:
         """Bytes on the device all the time beside weights and slots, of all branches and of other signatures."""
         each = self.hoist.num_bytes + self.history_bytes + self.indicator_bytes
-        return self.branches * each + self.handed_bytes + self.beside
+        numbers = sum(COEFFICIENT_BYTES * num_coefficients(cache.order) for cache in self.policy.caches)
+        return self.branches * each + self.handed_bytes + numbers + self.beside
 
     @property
     def handed_bytes(self) -> int:
@@ -118,12 +160,19 @@ class Plan:
         """FLOPs of a reuse step; those of a full step where nothing is cached."""
         return self.cut.reuse_flops if self.cut is not None else self.full_flops
 
+    def flops_of(self, name: str) -> int:
+        """FLOPs of a step that a program computes."""
+        return self.combined_flops.get(name, self.full_flops if name == "full" else self.reuse_flops())
+
     def flop_bound_speedup(self, num_steps: int) -> float:
         """Full FLOPs of `num_steps` steps over those that the schedule leaves: what caching can gain at most."""
-        return self.speedup_of(sum(self.schedule.is_full(step, num_steps) for step in range(num_steps)), num_steps)
+        count = len(self.schedule.each)
+        names = [program_name(self.schedule.fresh(step, num_steps), count) for step in range(num_steps)]
+        spent = sum(map(self.flops_of, names))
+        return num_steps * self.full_flops / spent if spent else 1.0
 
     def speedup_of(self, num_full: int, num_steps: int) -> float:
-        """As `flop_bound_speedup`, with so many full steps."""
+        """As `flop_bound_speedup`, with so many full steps, in all others of which everything is reused."""
         spent = num_full * self.full_flops + (num_steps - num_full) * self.reuse_flops()
         return num_steps * self.full_flops / spent if spent else 1.0
 
@@ -154,11 +203,14 @@ class Plan:
             held = f"{format_bytes(self.hoist.num_bytes)} in {len(self.hoist.values)} hoisted values"
             programs.add_row("prologue (once a run)", *_work(self.hoist.flops, self.full_flops), "", held)
         kept = f"{format_bytes(self.kept_bytes)} in {len(self.cut.slots)} slots" if self.cut else ""
-        kept += f", extrapolated by order {self.order}" if self.order else ""
+        kept += f", extrapolated by order {self.highest_order}" if self.highest_order else ""
         programs.add_row("full", *_work(self.full_flops, self.full_flops), format_bytes(self.weight_bytes), kept)
         if self.probe is not None:
             decides = f"{format_bytes(self.probe.indicator_bytes)} kept, {format_bytes(self.handed_bytes)} handed over"
             programs.add_row(f"probe: {self.probe.label}", *_work(self.probe.flops, self.full_flops), "", decides)
+        for name, flops in self.combined_flops.items():
+            made = f"{format_bytes(sum(slot.num_bytes for slot in self.made_by(name)))} made afresh"
+            programs.add_row(name, *_work(flops, self.full_flops), "", made)
         if self.cut is not None:
             programs.add_row(
                 f"reuse: {self.cut.label}",
@@ -273,11 +325,11 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
     step_graph, _ = copy_graph(graph)
     split_run_invariants(step_graph, plan=hoist)
     step = GraphFacts(step_graph, capture.marks, known_flops={node.name: count for node, count in facts.flops.items()})
-    choice, candidates = choose_cut(step, policy.cache.cut, module) if policy.cache is not None else (None, [])
-    adaptive = policy.cache.adaptive if policy.cache is not None else None
+    choice, candidates = choose_cuts(step, policy.caches, module)
+    adaptive = policy.adaptive
     probe = plan_probe(step, adaptive, choice, module) if adaptive is not None and choice is not None else None
     notes = []
-    if choice is not None and not choice.reads_latent and policy.cache is not None and policy.cache.interval != 1:
+    if choice is not None and not choice.reads_latent and any(cache.interval != 1 for cache in policy.caches):
         notes.append(
             f"a reuse step of cut {choice.label} does not read the current latent: it repeats the last full step's"
             f" prediction; for a transformer Residual(first=..., last=...) keeps the latent"
@@ -286,10 +338,10 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
         notes.append(f"cut {choice.label} saves no FLOPs")
     if policy.decode is not None and policy.decode.approximate and capture.layout.method == "decode":
         notes.append("approximate: frames of different slices are decoded as if they were of different videos")
-    return Plan(
+    plan = Plan(
         model=type(module).__name__,
         policy=policy,
-        schedule=Schedule.of(policy.cache),
+        schedule=Schedules.of(policy.caches),
         hoist=hoist,
         cut=choice,
         candidates=tuple(candidates),
@@ -299,3 +351,30 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
         probe=probe,
         branches=(policy.calls_per_step or 1) if capture.layout.is_repeated else 1,
     )
+    notes += _notes_of_nesting(plan, step)
+    return replace(plan, combined_flops=_combined_flops(plan, step), notes=tuple(notes))
+
+
+def _combined_flops(plan: Plan, facts: GraphFacts) -> dict[str, int]:
+    """FLOPs of the programs that compute some of what is kept."""
+    nodes = {node.name: node for node in facts.graph.nodes}
+    found = {}
+    for name in plan.programs:
+        if name not in ("full", "reuse"):
+            kept, made = (kept_nodes(slots, nodes) for slots in (plan.read_by(name), plan.made_by(name)))
+            found[name] = sum(facts.flops.get(node, 0) for node in reuse_nodes(facts.graph, kept, made))
+    return found
+
+
+def _notes_of_nesting(plan: Plan, facts: GraphFacts) -> Iterator[str]:
+    """Which caches keep something inside of what another one saves."""
+    nodes, caches = {node.name: node for node in facts.graph.nodes}, range(len(plan.policy.caches))
+    of_cache = [kept_nodes([slot for slot in plan.slots if slot.cache == place], nodes) for place in caches]
+    for outer, kept in enumerate(of_cache):
+        computed = reuse_nodes(facts.graph, kept)
+        for inner, others in enumerate(of_cache):
+            if inner != outer and not any(node in computed for node, _ in others):
+                yield (
+                    f"what cache {inner} keeps lies in what cache {outer} saves: steps that reuse the latter compute"
+                    f" the former all the same where its schedule says so"
+                )

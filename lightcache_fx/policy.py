@@ -19,7 +19,7 @@ import pydantic
 import yaml
 from torch import nn
 
-from lightcache_fx.caching import Cache, cut_to_plain
+from lightcache_fx.caching import Adaptive, Cache, Guard, check_several, cut_to_plain
 from lightcache_fx.errors import PolicyError, nearest
 from lightcache_fx.settings import Budget, Bytes, Settings, read_as, read_quality, settings_or_none
 
@@ -203,7 +203,8 @@ class Policy(Settings):
     """Everything the user asks of `transform`. `Policy()` is lossless: bitwise equal to the eager model.
 
     Attributes:
-        cache: what to keep between steps, or None for no caching.
+        cache: what to keep between steps, or None for no caching. A list of several has a schedule for each of them:
+            attention outputs that are broadcast over ranges of steps (PAB, Zhao et al. 2024), say.
         quality: cache as much as a quality allows, by what a calibration has measured: `psnr>=30` (dB) or `ssim>=0.95`.
         speedup: likewise, as well as so many times fewer FLOPs allow.
         calibration: the file that `calibrate(...).save` wrote, for `quality` or `speedup`.
@@ -228,7 +229,7 @@ class Policy(Settings):
             where symbols are not proven, and where the plan counts bytes (`chunk`, `decode`, `swap`, `memory_budget`).
     """
 
-    cache: Cache | None = None
+    cache: Cache | list[Cache] | None = None
     quality: str | None = None
     speedup: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False, strict=False)] | None = None
     calibration: str | None = None
@@ -247,6 +248,10 @@ class Policy(Settings):
     @pydantic.field_validator("cache", mode="before")
     @classmethod
     def _read_cache(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            caches = [settings_or_none(Cache, one) for one in value]
+            check_several([one for one in caches if isinstance(one, Cache)])
+            return caches[0] if len(caches) == 1 else caches
         return settings_or_none(Cache, value)
 
     @pydantic.field_validator("calibration", mode="before")
@@ -274,7 +279,7 @@ class Policy(Settings):
 
     @pydantic.model_validator(mode="after")
     def _guarded(self) -> Self:
-        if self.cache is not None and self.cache.guard is not None and self.is_about_memory():
+        if self.guard is not None and self.is_about_memory():
             raise ValueError(
                 "guard runs full steps beside reuse steps, which takes more than a plan for swap or memory_budget"
                 " knows; check without them first, or leave guard out"
@@ -320,6 +325,23 @@ class Policy(Settings):
     def with_cache(self, cache: Cache) -> Policy:
         """The same, caching by this and by no calibration."""
         return self.model_copy(update={**_UNCALIBRATED, "cache": cache})
+
+    @property
+    def caches(self) -> tuple[Cache, ...]:
+        """All that is kept between steps, each with its schedule."""
+        if self.cache is None:
+            return ()
+        return (self.cache,) if isinstance(self.cache, Cache) else tuple(self.cache)
+
+    @property
+    def adaptive(self) -> Adaptive | None:
+        """By what steps decide for themselves, where they do."""
+        return next((cache.adaptive for cache in self.caches if cache.adaptive is not None), None)
+
+    @property
+    def guard(self) -> Guard | None:
+        """How runs check themselves, where they do."""
+        return next((cache.guard for cache in self.caches if cache.guard is not None), None)
 
     def runs_autoencoders(self) -> bool:
         """Whether anything is asked of the autoencoder of a pipeline."""
@@ -446,8 +468,9 @@ class Policy(Settings):
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The settings that differ from their defaults, as YAML text; also written to `path` when one is given."""
         data = self.model_dump(exclude_defaults=True, mode="python")
-        if self.cache is not None:
-            data["cache"]["cut"] = cut_to_plain(self.cache.cut)
+        several = data["cache"] if isinstance(self.cache, list) else [data["cache"]] if self.caches else []
+        for plain, cache in zip(several, self.caches, strict=True):
+            plain["cut"] = cut_to_plain(cache.cut)
         text = yaml.safe_dump(data, sort_keys=False) if data else "{}\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")

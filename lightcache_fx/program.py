@@ -14,8 +14,7 @@ from torch import fx, nn
 from lightcache_fx.boxed import BoxedCodeGen
 from lightcache_fx.capture import Capture
 from lightcache_fx.chunk_planner import ChunkPlan
-from lightcache_fx.cuts import Slot
-from lightcache_fx.extrapolation import as_tensor, slot_and_age
+from lightcache_fx.extrapolation import as_tensor, coefficients_name, slot_and_age
 from lightcache_fx.flops import total_flops
 from lightcache_fx.graphs import (
     GraphInput,
@@ -53,7 +52,7 @@ class Program:
     """One static program.
 
     Attributes:
-        name: `prologue`, `probe`, `full` or `reuse`.
+        name: `prologue`, `probe`, `full`, `reuse` or, where several things are kept, as `program_name` has it.
         graph_module: the graph; its placeholders carry `GraphInput` bindings.
         inputs: the bindings in order.
         num_outputs: how many of the returned tensors are the model's; the rest is state.
@@ -101,7 +100,7 @@ class Program:
 
 
 def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
-    """Carry out a plan: the captured graph becomes `full`, and `prologue` and `reuse` where the plan asks for them.
+    """Carry out a plan: the captured graph becomes `full`, and `prologue`, `reuse` and others where the plan has them.
 
     Where weights are swapped, steps that copy at other moments have programs of their own: `reuse`, `reuse_2`, ...
     """
@@ -184,7 +183,6 @@ def _variants(plan: Plan, name: str) -> Iterable[tuple[str, Transfers]]:
 
 def whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
     """The programs' graphs before anything is chunked."""
-    slots = plan.cut.slots if plan.cut is not None else ()
     graphs = {}
     if plan.hoist.values:
         graphs["prologue"] = prologue_of(capture.graph_module.graph, plan=plan.hoist)
@@ -194,13 +192,13 @@ def whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
         split_run_invariants(graph, plan=plan.hoist)
         graphs["probe"] = probe_of(graph, plan=plan.probe)
         run_passes(graphs["probe"], [("remove_marks", remove_marks)])
-    for name, passes in _pipelines(plan, slots).items():
+    for name, passes in _pipelines(plan).items():
         graphs[name], _ = copy_graph(capture.graph_module.graph)
-        run_passes(graphs[name], passes, keeps_outputs=name != "full")
+        run_passes(graphs[name], passes, keeps_outputs=not plan.made_by(name))
     return graphs
 
 
-def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, Pass]]]:
+def _pipelines(plan: Plan) -> dict[str, list[tuple[str, Pass]]]:
     """The passes of each program, in order."""
     split: tuple[str, Pass] = ("split_run_invariants", partial(split_run_invariants, plan=plan.hoist))
     before = [split]
@@ -210,17 +208,20 @@ def _pipelines(plan: Plan, slots: Sequence[Slot]) -> dict[str, list[tuple[str, P
         ("remove_marks", remove_marks),  # last: slots are named after marked places
         ("remove_dead_code", remove_dead_code),
     ]
-    pipelines: dict[str, list[tuple[str, Pass]]] = {
-        "full": [*before, ("write_cache", partial(write_cache, slots=slots)), *clean]
+    return {
+        name: [*before, ("write_cache", partial(write_cache, slots=plan.made_by(name))), *_reading(plan, name), *clean]
+        for name in plan.programs
     }
-    if slots:
-        pipelines["reuse"] = [
-            *before,
-            ("read_cache", partial(read_cache, slots=slots)),
-            ("extrapolate", partial(extrapolate, slots=slots, order=plan.order)),
-            *clean,
-        ]
-    return pipelines
+
+
+def _reading(plan: Plan, name: str) -> Iterable[tuple[str, Pass]]:
+    """The passes by which a program takes from the state what it does not compute."""
+    read = plan.read_by(name)
+    if read:
+        yield "read_cache", partial(read_cache, slots=read)
+    for cache in dict.fromkeys(slot.cache for slot in read):
+        slots, coefficients = [slot for slot in read if slot.cache == cache], coefficients_name(cache)
+        yield "extrapolate", partial(extrapolate, slots=slots, order=plan.order_of(cache), name=coefficients)
 
 
 def _is_weight(given: GraphInput, program: Program) -> bool:
@@ -229,20 +230,19 @@ def _is_weight(given: GraphInput, program: Program) -> bool:
 
 
 def _program(name: str, capture: Capture, graph: fx.Graph, transfers: Transfers, plan: Plan) -> Program:
-    slots = [slot.name for slot in plan.cut.slots] if plan.cut is not None else []
+    base = name.partition("_")[0]
     returned, copies = outputs(graph), [("copy", copy) for copy in transfers.copies]
-    match name.partition("_")[0]:
+    match base:
         case "prologue":
             state = [("hoisted", value.node) for value in plan.hoist.values]
         case "probe":
             assert plan.probe is not None
             handed = [("handed", value.node) for value in plan.probe.handed]
             state = [("change", INDICATOR), ("indicator", INDICATOR), *handed]
-        case "full":
-            kept = {slot.name for slot in transfers.made if slot.handed_on and slot.release is None}
-            state = [("copy" if slot in kept else "slot", slot) for slot in slots] + copies
         case _:
-            state = copies
+            kept = {slot.name for slot in transfers.made if slot.handed_on and slot.release is None}
+            made = [slot.name for slot in plan.made_by(base)]
+            state = [("copy" if slot in kept else "slot", slot) for slot in made] + copies
     state += [("next", weight) for weight in transfers.for_next]
     if transfers.moves:
         graph.set_codegen(BoxedCodeGen())
@@ -270,7 +270,7 @@ class Moment:
         peers: what the guidance branches of its step keep, by their places in the step.
         calls_left: how many calls of the model follow in the run, where that is known.
         is_last_step: whether its branch is known not to be called again.
-        coefficients: of extrapolated slots, as `extrapolation.coefficients` gives them.
+        coefficients: of extrapolated slots, as `extrapolation.coefficients` gives them, by the input's name.
         following: the program that is expected to run next, of another model.
         handed: takes the copies that are fetched for it.
     """
@@ -278,7 +278,7 @@ class Moment:
     peers: Sequence[Stores] = ()
     calls_left: int | None = None
     is_last_step: bool = False
-    coefficients: Sequence[float] = ()
+    coefficients: Mapping[str, Sequence[float]] = field(default_factory=dict)
     following: BoundProgram | None = None
     handed: Copies | None = None
 
@@ -309,6 +309,7 @@ class BoundProgram:
         resident: frozenset[str] = frozenset(),
         settings: Compile | None = None,
         packages: Packages | None = None,
+        beside: BoundProgram | None = None,
     ) -> None:
         self.program = program
         self._tables = weight_slots(module)
@@ -336,22 +337,31 @@ class BoundProgram:
         self._run: Callable[..., Sequence[torch.Tensor]] = program.graph_module.forward
         self.compile_state: CompileState | None = None
         self.slot_buffers: SlotBuffers | None = None
+        self._buffers: list[int] = []
         if settings is not None and program.name != "prologue":  # which runs once a generation: no compiler pays off
             graph_module = program.graph_module
             if not program.transfers.moves and has_cuda_graphs(settings, map(_value, nodes)):
-                graph_module = self._with_slot_buffers()
+                graph_module = self._with_slot_buffers(beside)
             self._run, self.compile_state = lower(graph_module, settings, program.name, packages)
         self.keep_resident(resident)
 
-    def _with_slot_buffers(self) -> fx.GraphModule:
-        """The program, with buffers for the slots that it makes as more arguments; the program itself without any."""
+    def _with_slot_buffers(self, beside: BoundProgram | None) -> fx.GraphModule:
+        """The program, with buffers for the slots that it makes as more arguments; the program itself without any.
+
+        They are those of the full program `beside`, where there is one: what reads a slot finds it at one address.
+        """
         program = self.program
-        places = [program.num_outputs + i for i, (kind, _) in enumerate(program.state) if kind == "slot"]
+        places = {name: program.num_outputs + i for i, (kind, name) in enumerate(program.state) if kind == "slot"}
         if not places:
             return program.graph_module
-        returned = outputs(program.graph_module.graph)
-        self.slot_buffers = SlotBuffers([_value(returned[place]) for place in places])
-        return writing_to_buffers(program.graph_module, places)
+        if beside is not None and beside.slot_buffers is not None:
+            self.slot_buffers, all_names = beside.slot_buffers, [name for _, name in beside.program.state]
+            self._buffers = [all_names.index(name) for name in places]
+        else:
+            returned = outputs(program.graph_module.graph)
+            self.slot_buffers = SlotBuffers([_value(returned[place]) for place in places.values()])
+            self._buffers = list(range(len(places)))
+        return writing_to_buffers(program.graph_module, list(places.values()))
 
     @property
     def compiled(self) -> str:
@@ -403,7 +413,8 @@ class BoundProgram:
             name: version_of(following.weight(name)) for name in self.program.transfers.for_next if following
         }
         if self.slot_buffers is not None:
-            args += self.slot_buffers.of(stores)
+            buffers = self.slot_buffers.of(stores)
+            args += [buffers[place] for place in self._buffers]
         results = list(self._run(args) if self.program.transfers.moves else self._run(*args))
         del args
         outputs, state = results[: self.program.num_outputs], results[self.program.num_outputs :]
@@ -541,7 +552,7 @@ def _state(kind: str, key: str, like: torch.Tensor, stores: Stores, moment: Mome
         case "history":
             return stores.older(*slot_and_age(key), like.device)
         case "coefficients":
-            return as_tensor(moment.coefficients, like.device)
+            return as_tensor(moment.coefficients[key], like.device)
         case "handed":
             return stores.handed[key]
         case "indicator":

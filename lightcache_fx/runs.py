@@ -124,6 +124,7 @@ class Branch:
         repeats: how often a timestep came twice.
         stores: values kept for reuse steps, values computed once a generation, and copies of both on the device.
         since_full: how many calls came since the last full one.
+        ran: the program of the last call.
         decision: what an adaptive schedule has seen of it.
         hoisted_key: of the inputs that the hoisted values hold for.
     """
@@ -135,6 +136,7 @@ class Branch:
     repeats: int = 0
     stores: Stores = field(default_factory=Stores)
     since_full: int = 0
+    ran: str = ""
     decision: Decision = field(default_factory=Decision)
     hoisted_key: tuple[object, ...] | None = None
     hoisted_sources: Sequence[torch.Tensor] = ()  # held, so that an identity in the key stays that tensor's

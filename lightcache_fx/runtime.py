@@ -22,7 +22,7 @@ from lightcache_fx.compiled import Compiled, Signature
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
 from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
-from lightcache_fx.extrapolation import coefficients
+from lightcache_fx.extrapolation import coefficients, coefficients_name
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.guarding import Watch
 from lightcache_fx.homes import Homes, Tier
@@ -39,7 +39,7 @@ from lightcache_fx.program import BoundProgram, Moment, build_programs
 from lightcache_fx.program_log import log_programs
 from lightcache_fx.ranges import profiled
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
-from lightcache_fx.schedule import Schedule
+from lightcache_fx.schedule import Schedules, program_name
 from lightcache_fx.stores import Stores, version_of
 from lightcache_fx.swapping import SMALLEST
 from lightcache_fx.units import format_bytes
@@ -118,7 +118,7 @@ class Runtime:
         self.module = module
         self.policy = policy
         self.reader = CallReader(module, rates=policy.rates, method=method)
-        self.marked = paths_to_mark(policy.cache, module)
+        self.marked = paths_to_mark(policy.caches, module)
         self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
         self.counts: Counter[str] = Counter()
         self.homes = homes or homes_of(module, policy)
@@ -133,10 +133,9 @@ class Runtime:
         self._lock = threading.Lock()
         self._local = local or ThreadState()
         self.observe: Callable[[Observed], None] | None = None
-        self.schedule: Schedule | None = None
-        self._rule = policy.cache.adaptive if policy.cache is not None else None
-        guard = policy.cache.guard if policy.cache is not None else None
-        self.watch = Watch(guard, self.reader.owner) if guard is not None else None
+        self.schedule: Schedules | None = None
+        self._rule = policy.adaptive
+        self.watch = Watch(policy.guard, self.reader.owner) if policy.guard is not None else None
 
     @property
     def tracker(self) -> RunTracker:
@@ -325,10 +324,11 @@ class Runtime:
         assert isinstance(captured, Capture)
         programs = build_programs(captured, plan)
         names = [leaf.name for leaf in captured.layout.leaves]
-        bound = {
-            name: BoundProgram(program, self.module, captured.constants, names, settings=self.policy.compile)
-            for name, program in programs.items()
-        }
+        bound: dict[str, BoundProgram] = {}
+        for name, program in programs.items():  # the full one comes before the others that make slots
+            bound[name] = BoundProgram(
+                program, self.module, captured.constants, names, settings=self.policy.compile, beside=bound.get("full")
+            )
         log_programs(plan, programs)
         made = Compiled(signature, plan, programs, bound)
         made.note_places()
@@ -396,11 +396,9 @@ class Runtime:
         place = min(members.index(branch), compiled.plan.branches - 1) if branch in members else 0
         if compiled.plan.probe is not None:
             self._probe(call, compiled, position)
-        index = self._call_of_period(compiled, position, num_steps, place)
-        is_full = index < compiled.plan.branches
-        if is_full:
-            in_place = compiled.bound["full"].slot_buffers is not None
-            branch.stores.begin_full(position.step, compiled.plan.order, self.homes.device, copy=in_place)
+        kind, index = self._choose(compiled, position, num_steps, place)
+        is_full = kind == "full"
+        self._make_room(compiled, kind, position)
         if swap is not None:
             for member, places in zip(members, swap.slot_places[index], strict=False):
                 for slot, there in places.items():
@@ -412,13 +410,13 @@ class Runtime:
         if compiled.plan.probe is not None:
             branch.stores.keep_indicator(always=self._rule is not None and self._rule.since == "step", full=is_full)
         branch.since_full = 0 if is_full else branch.since_full + 1
+        branch.ran = kind
         moment = Moment([member.stores for member in members])
         if num_steps is not None:
             count, steps_left = compiled.plan.branches, max(0, num_steps - 1 - position.step)
             moment = replace(moment, calls_left=(steps_left + 1) * count - 1 - place, is_last_step=not steps_left)
-        if not is_full and (order := compiled.plan.order):
-            moment = replace(moment, coefficients=coefficients(branch.stores.full_steps, position.step, order))
-        kind = "full" if is_full else "reuse"
+        if compiled.plan.highest_order:
+            moment = replace(moment, coefficients=_coefficients(compiled.plan, kind, position))
         name, moment = self._handing_over(compiled, index, kind, moment)
         tensors = self._timed(compiled, name, call, position, moment)
         if self._local.is_guarded and not is_full:
@@ -429,6 +427,17 @@ class Runtime:
             branch_place = self._place_of(position, compiled)
             self.observe(Observed(compiled, branch.stores, branch_place, position.step, call.tensors, tensors))
         return compiled.capture.rebuild_output(tensors)
+
+    def _make_room(self, compiled: Compiled, kind: str, position: Position) -> None:
+        """What a program is to make leaves the stores, or becomes history."""
+        plan, in_place = compiled.plan, compiled.bound["full"].slot_buffers is not None
+        made: dict[int, list[str]] = {}
+        for slot in plan.made_by(kind):
+            made.setdefault(slot.cache, []).append(slot.name)
+        for cache, slots in made.items():
+            position.branch.stores.make_room(
+                slots, plan.order_of(cache), position.step, self.homes.device, cache=cache, copy=in_place
+            )
 
     def _guarded(
         self, call: Call, compiled: Compiled, position: Position, reused: list[torch.Tensor]
@@ -475,29 +484,32 @@ class Runtime:
             self.homes.recall(self.homes.device)
             self._note_places()
 
-    def _call_of_period(self, compiled: Compiled, position: Position, num_steps: int | None, place: int) -> int:
-        """The call of the plan's period that this one is like: full wherever there is doubt, or nothing to reuse.
+    def _choose(self, compiled: Compiled, position: Position, num_steps: int | None, place: int) -> tuple[str, int]:
+        """The program of a call: full wherever there is doubt, or nothing to reuse.
 
-        In the period's first step all calls are full, and in the others none.
+        Returns:
+            its name, and the call of the plan's period that this one is like. In the period's first step all calls are
+            full, and in the others none.
         """
         plan, branch = compiled.plan, position.branch
-        schedule = self.schedule or plan.schedule
-        if self.watch is not None and self.watch.stopped is not None:
-            return place
-        if plan.cut is None or schedule.is_full(position.step, num_steps) or not position.certain:
-            return place
+        schedule, full = self.schedule or plan.schedule, ("full", place)
+        if plan.cut is None or not position.certain or (self.watch is not None and self.watch.stopped is not None):
+            return full
+        name = program_name(schedule.fresh(position.step, num_steps), len(schedule.each))
+        if name not in plan.programs or name == "full":
+            return full
         if plan.probe is not None and self._rule is not None:
             change, label = branch.stores.change, plan.probe.label
             assert change is not None  # the probe has run
             if branch.decision.is_full(self._rule, change, position.step, branch.since_full, label):
-                return place
-        step, name = 1, "reuse"
+                return full
+        step, variant = 1, name
         if plan.swap is not None and len(plan.swap.names) > plan.branches:
             ahead = schedule.steps_to_full(position.step, num_steps)
-            step = plan.swap.step_for(branch.since_full + 1, ahead)
-            name = plan.swap.variants[step * plan.branches + place]
-        has_all = all(slot in branch.stores for slot in compiled.bound[name].slots_read)
-        return step * plan.branches + place if has_all else place
+            step = plan.swap.step_for(name, branch.ran, branch.since_full + 1, ahead)
+            variant = plan.swap.variants[step * plan.branches + place]
+        has_all = all(slot in branch.stores for slot in compiled.bound[variant].slots_read)
+        return (name, step * plan.branches + place) if has_all else full
 
     def _timed(
         self, compiled: Compiled, name: str, call: Call, position: Position, moment: Moment | None = None
@@ -575,6 +587,17 @@ class Runtime:
         with self._lock:
             used = list(self.compiled.values())
             return [[*(m for m in made.signature.everything() if m is not made), made] for made in used]
+
+
+def _coefficients(plan: Plan, kind: str, position: Position) -> dict[str, tuple[float, ...]]:
+    """What the slots that a program extrapolates are weighed by."""
+    steps = position.branch.stores.full_steps
+    read = {slot.cache: plan.order_of(slot.cache) for slot in plan.read_by(kind)}
+    return {
+        coefficients_name(cache): coefficients(steps[cache], position.step, order)
+        for cache, order in read.items()
+        if order
+    }
 
 
 def _signature_of(branch: Branch) -> object:

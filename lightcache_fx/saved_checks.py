@@ -17,7 +17,7 @@ from lightcache_fx.axes import Axis
 from lightcache_fx.calls import CallLayout, InputLeaf
 from lightcache_fx.chunked import Chunk, ChunkedRegion, Slice
 from lightcache_fx.errors import LoadError
-from lightcache_fx.extrapolation import COEFFICIENTS, num_coefficients, older_name
+from lightcache_fx.extrapolation import coefficients_name, num_coefficients, older_name
 from lightcache_fx.graphs import calls, input_of, outputs, placeholders, schema_of
 from lightcache_fx.in_place import Overwrite, allocated_by
 from lightcache_fx.passes.split_probe import INDICATOR
@@ -53,10 +53,13 @@ def check_programs(
         tensors: the types of weights and constants, by kind and name.
         rate_of: the rate that the policy gives an argument.
     """
-    slots = [slot.name for slot in plan.cut.slots] if plan.cut is not None else []
     hoisted = [value.node for value in plan.hoist.values]
     probe = plan.probe
-    expected = {"full", *(["reuse"] if slots else []), *(["prologue"] if hoisted else [])}
+    if len(plan.policy.caches) < len({slot.cache for slot in plan.slots} | {0}) or any(
+        slot.cache >= max(1, len(plan.policy.caches)) for slot in plan.slots
+    ):
+        raise LoadError(f"{file}: its plan keeps things for other caches than the policy has")
+    expected = {*plan.programs, *(["prologue"] if hoisted else [])}
     expected |= {"probe"} if probe is not None else set()
     least = (plan.policy.calls_per_step or 1) if layout.is_repeated else 1
     learns = layout.is_repeated and plan.policy.memory_budget is not None
@@ -64,27 +67,28 @@ def check_programs(
         raise LoadError(f"{file}: its plan is for {plan.branches} calls a step, unlike the policy's {least}")
     if (plan.cut is None) != (plan.policy.cache is None):
         raise LoadError(f"{file}: its plan has {'no' if plan.cut is None else 'a'} cut, unlike the policy")
-    if (probe is None) != (plan.policy.cache is None or plan.policy.cache.adaptive is None):
+    if (probe is None) != (plan.policy.adaptive is None):
         raise LoadError(f"{file}: its plan has {'no' if probe is None else 'a'} probe, unlike the policy")
     if set(programs) != expected:
         raise LoadError(f"{file}: its plan is of programs {sorted(expected)}, but it has {sorted(programs)}")
     for leaf in layout.leaves:
         if rate_of(leaf) != leaf.rate:
             raise LoadError(f"{file}: {leaf.name} has rate {leaf.rate} there, but {rate_of(leaf)} by the policy")
-    states = {"full": [("slot", name) for name in slots], "prologue": [("hoisted", name) for name in hoisted]}
+    states = {name: [("slot", slot.name) for slot in plan.made_by(name)] for name in plan.programs}
+    states["prologue"] = [("hoisted", name) for name in hoisted]
     if probe is not None:
         handed = [("handed", value.node) for value in probe.handed]
         states["probe"] = [("change", INDICATOR), ("indicator", INDICATOR), *handed]
     known = dict(tensors)
     for leaf, type_ in zip(layout.leaves, layout.tensor_types, strict=True):
         known["user", leaf.name] = type_.shape, type_.dtype, type_.device
-    for name in ("prologue", "probe", "full", "reuse"):
+    for name in ("prologue", "probe", *plan.programs):
         if name in programs:
             program = programs[name]
             state, num_outputs = states.get(name, []), 0 if name in ("prologue", "probe") else num_tensors
             if name == "probe" and len(returned := _returned(program)) > 1:
                 known["indicator", INDICATOR] = type_of(returned[1].meta["val"])
-            if name == "reuse":
+            if name != "full" and name in plan.programs:
                 known |= _known_of_history(plan, known)
             if list(program.state) != state or program.num_outputs != num_outputs:
                 raise LoadError(
@@ -92,21 +96,21 @@ def check_programs(
                     f" {program.num_outputs} and {list(program.state)}"
                 )
             known |= _check_program(file, program, known)
-    models = [[type_of(v.meta["val"]) for v in _returned(programs[n])[:num_tensors]] for n in ("full", "reuse") if n in
-              programs]  # fmt: skip
+    models = [[type_of(v.meta["val"]) for v in _returned(programs[name])[:num_tensors]] for name in plan.programs]
     if any(model != models[0] for model in models):
         raise LoadError(f"{file}: its full and reuse programs return tensors of different types")
 
 
 def _known_of_history(plan: Plan, known: Mapping[tuple[str, str], Type]) -> dict[tuple[str, str], Type]:
     """What a reuse step reads beside the slots, where it extrapolates them."""
-    if not plan.order:
-        return {}
-    slots = {name: type_ for (kind, name), type_ in known.items() if kind == "slot"}
-    ages = range(1, plan.order + 1)
-    found = {("history", older_name(name, age)): type_ for name, type_ in slots.items() for age in ages}
-    device = next(iter(slots.values()))[2]
-    return {**found, ("coefficients", COEFFICIENTS): ((num_coefficients(plan.order),), torch.float32, device)}
+    found: dict[tuple[str, str], Type] = {}
+    for slot in plan.slots:
+        if order := plan.order_of(slot.cache):
+            type_ = known["slot", slot.name]
+            found |= {("history", older_name(slot.name, age)): type_ for age in range(1, order + 1)}
+            numbers = (num_coefficients(order),), torch.float32, type_[2]
+            found["coefficients", coefficients_name(slot.cache)] = numbers
+    return found
 
 
 def without_memory(plan: Plan) -> Plan:

@@ -1,7 +1,9 @@
-"""Which steps are full."""
+"""Which steps are full and, where several things are kept, which of them a step computes afresh."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,6 +12,7 @@ from lightcache_fx.errors import ScheduleError
 from lightcache_fx.magnitudes import MagnitudeRule, full_steps
 
 _LOOK_AHEAD = 64
+_MOST_STEPS = 1024
 
 
 def _rule(magnitude: Magnitude) -> MagnitudeRule:
@@ -133,3 +136,75 @@ class Schedule:
         edges = [f"first {self.first}"] if self.first > 1 else []
         edges += [f"last {self.last}"] if self.last else []
         return text + (f", and the {' and '.join(edges)}" if edges else "")
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedules of all caches of a policy, each by its place there. Without any, every step is full."""
+
+    each: tuple[Schedule, ...] = ()
+
+    @classmethod
+    def of(cls, caches: Sequence[Cache]) -> Schedules:
+        """The schedules that a policy asks for."""
+        return cls(tuple(map(Schedule.of, caches)))
+
+    def fresh(self, step: int, num_steps: int | None = None) -> tuple[int, ...]:
+        """The caches that are computed afresh at step `step` (from 0); the others are reused.
+
+        Raises:
+            ScheduleError: as `Schedule.is_full`.
+        """
+        return tuple(place for place, one in enumerate(self.each) if one.is_full(step, num_steps))
+
+    def is_full(self, step: int, num_steps: int | None = None) -> bool:
+        """Whether step `step` computes everything."""
+        return len(self.fresh(step, num_steps)) == len(self.each)
+
+    def check(self, num_steps: int | None) -> None:
+        """As `Schedule.check`, for each of them."""
+        for one in self.each:
+            one.check(num_steps)
+
+    def longest_interval(self, at_most: int) -> int:
+        """As `Schedule.longest_interval`, of the one whose is longest."""
+        return max((one.longest_interval(at_most) for one in self.each), default=1)
+
+    def steps_to_full(self, step: int, num_steps: int | None = None) -> int | None:
+        """As `Schedule.steps_to_full`; None where there are several, whose steps are not told apart by that."""
+        return self.each[0].steps_to_full(step, num_steps) if len(self.each) == 1 else None
+
+    def combinations(self) -> list[tuple[int, ...]]:
+        """What the steps of a run compute afresh, step by step, up to where that repeats.
+
+        Where the number of steps is not known, what its last ones may compute besides (`last`) comes at the end.
+        """
+        known = next((one.num_steps for one in self.each if one.num_steps is not None), None)
+        known = known or next((len(one.mask) for one in self.each if one.mask is not None), None)
+        if known is not None:
+            return [self.fresh(step, known) for step in range(known)]
+        fixed = max((max(one.steps) + 1 for one in self.each if one.steps is not None), default=0)
+        fixed = max(fixed, *(one.first for one in self.each)) if self.each else 0
+        repeating = math.lcm(*(one.interval for one in self.each if one.interval is not None))
+        open_end = [self.fresh(step) for step in range(fixed + min(repeating, _MOST_STEPS) + 1)]
+        ends = sorted({one.last for one in self.each if one.last})
+        last = [{place for place, one in enumerate(self.each) if one.last >= end} for end in ends]
+        return open_end + [tuple(sorted({*fresh, *end})) for end in last for fresh in dict.fromkeys(open_end)]
+
+    def describe(self) -> str:
+        """As `Schedule.describe`, one after the other."""
+        return "; ".join(one.describe() for one in self.each) or Schedule().describe()
+
+
+def program_name(fresh: Sequence[int], count: int) -> str:
+    """The program of a step that computes these of `count` caches afresh: `full`, `reuse`, or `fresh0and2`."""
+    if len(fresh) == count:
+        return "full"
+    return "fresh" + "and".join(map(str, fresh)) if fresh else "reuse"
+
+
+def fresh_of(name: str, count: int) -> tuple[int, ...]:
+    """What `program_name` was given."""
+    if name == "full":
+        return tuple(range(count))
+    return () if name == "reuse" else tuple(int(place) for place in name.removeprefix("fresh").split("and"))

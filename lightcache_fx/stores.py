@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,6 +59,11 @@ class Copies:
         """Free all of them."""
         self.keep_only(())
 
+    def drop_one(self, name: str) -> None:
+        """Free one of them, if it is there."""
+        if name in self.held:
+            WAIT(self.held.pop(name)[0])
+
 
 class SlotPlace(NamedTuple):
     """Where a plan has a slot of one guidance branch when a call begins.
@@ -85,7 +90,7 @@ class Stores:
         weight_copies: the device's copies of weights that are kept elsewhere.
         slot_copies: the device's copies of slots, or slots that never leave it between two programs.
         history: by slot, the values that it had at full steps before, newest first; on the device.
-        full_steps: the indices of the full steps that slots and their history are of, newest first.
+        full_steps: by cache, the indices of the steps that its slots and their history are of, newest first.
         handed: values that the step's probe hands over.
         change: of the indicator, as the step's probe measured it; 0-dimensional.
         newest: the indicator itself.
@@ -99,7 +104,7 @@ class Stores:
     weight_copies: Copies = field(default_factory=Copies)
     slot_copies: Copies = field(default_factory=Copies)
     history: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    full_steps: tuple[int, ...] = ()
+    full_steps: dict[int, tuple[int, ...]] = field(default_factory=dict)
     handed: dict[str, torch.Tensor] = field(default_factory=dict)
     change: torch.Tensor | None = None
     newest: torch.Tensor | None = None
@@ -157,25 +162,29 @@ class Stores:
         older += [value for value in (self.indicator, self.change) if value is not None]
         return sum(slot.untyped_storage().nbytes() for slot in (*{**passed_on, **self.slots}.values(), *older))
 
-    def begin_full(self, step: int, order: int, device: torch.device, *, copy: bool = False) -> None:
-        """Make room for what a full step makes: slots become the newest of their history, of which `order` values stay.
+    def make_room(
+        self, slots: Iterable[str], order: int, step: int, device: torch.device, *, cache: int = 0, copy: bool = False
+    ) -> None:
+        """Make room for the slots that a step makes: they become the newest of their history, of which `order` stay.
 
         Args:
-            step: its index.
-            order: of the expansion; 0 keeps no history, and whatever is kept is freed.
+            slots: of one cache.
+            order: of its expansion; 0 keeps no history, and whatever is kept is freed.
+            step: the step's index.
             device: where history is.
-            copy: whether the full step writes slots to where they are now.
+            cache: its place in the policy.
+            copy: whether the step writes slots to where they are now.
         """
-        self.full_steps = (step, *self.full_steps)[: order + 1]
-        if order:
-            for name in {*self.slots, *self.slot_copies.held}:
+        self.full_steps[cache] = (step, *self.full_steps.get(cache, ()))[: order + 1]
+        for name in slots:
+            if order and name in self:
                 older = self.history.get(name, [])
                 del older[order - 1 :]  # before a slot that is away comes back
                 value = self.slot_on_device(name, device)
                 self.history[name] = [value.clone() if copy else value, *older]
-        self.slots.clear()
-        self.at_home.clear()
-        self.slot_copies.drop()
+            self.slots.pop(name, None)
+            self.at_home.discard(name)
+            self.slot_copies.drop_one(name)
 
     def keep_indicator(self, *, always: bool, full: bool) -> None:
         """What the next probe compares with is what this step's has found, where that is full or each is."""

@@ -65,7 +65,7 @@ class SwapSchedule:
 
     Attributes:
         names: the program of each call, denoising step by denoising step; in the first they are full, in all others
-            they reuse.
+            they reuse something.
         weights: all that can be away: while another model runs they are.
         transfers: of each step.
         prologue: of the program that runs once a generation.
@@ -157,12 +157,24 @@ class SwapSchedule:
             f" would take {format_bytes(plan.peak_bytes + plan.movable_bytes - plan.resident_bytes)} at most"
         )
 
-    def step_for(self, since_full: int, until_full: int | None) -> int:
-        """The step of the period that a reuse step is most like, by its distance from the full steps around it.
+    def step_for(self, name: str, before: str, since_full: int, until_full: int | None) -> int:
+        """The step of the period that a step is most like.
 
-        The last step of a period drops the slots, so it is taken only before a full step, or where there is but one.
+        Where all but the first are reuse steps, by its distance from the full steps around it: the last step of a
+        period drops the slots, so it is taken only before a full step, or where there is but one. Otherwise by its
+        program and by that before it, whose copies it is handed.
+
+        Args:
+            name: of the step's program; in the period.
+            before: the name of the program of the step before.
+            since_full: how many steps ago the last full one was.
+            until_full: how many steps ahead the next full one is, where that is known.
         """
-        count = len(self.names) // self.branches
+        steps = self.names[:: self.branches]
+        if set(steps) - {"full", "reuse"}:
+            found = [step for step, program in enumerate(steps) if program == name]
+            return next((step for step in found if steps[step - 1] == before), found[0])
+        count = len(steps)
         if until_full is not None:
             return max(1, count - until_full)
         return min(since_full, max(1, count - 2))
@@ -255,6 +267,11 @@ def behind_probe(program: PricedProgram, probe: PricedProgram) -> PricedProgram:
     first, *others = program.ops
     most = max(first.live_bytes, *(op.live_bytes for op in probe.ops))
     return replace(program, ops=(replace(first, live_bytes=most), *others))
+
+
+def without(program: PricedProgram, num_bytes: int) -> PricedProgram:
+    """A program beside which so many bytes less are on the device than are said to be there all the time."""
+    return replace(program, ops=tuple(replace(op, live_bytes=op.live_bytes - num_bytes) for op in program.ops))
 
 
 def rounded(node: fx.Node, rounding: int) -> int:

@@ -10,14 +10,14 @@ from torch import fx
 
 from lightcache_fx.cuts import Slot
 from lightcache_fx.errors import PassError
-from lightcache_fx.extrapolation import COEFFICIENTS, num_coefficients, older_name
+from lightcache_fx.extrapolation import COEFFICIENTS, num_coefficients, older_name, slot_and_age
 from lightcache_fx.graphs import GraphInput, input_of, placeholders
 from lightcache_fx.passes.base import PassResult, typed_call
 
 aten = torch.ops.aten
 
 
-def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassResult:
+def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int, name: str = COEFFICIENTS) -> PassResult:
     """Read from each slot its Taylor expansion about the last full step instead (TaylorSeer, Liu et al. 2025).
 
         %y = aten.mul.Tensor(%slot_0, %g)    ->   %d = aten.sub.Tensor(%slot_0, %slot_0_before_1)
@@ -27,8 +27,8 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
                                                   %y = aten.mul.Tensor(%p, %g)
 
     Derivatives are divided differences of the slot's values at the last `order + 1` full steps, each by the number of
-    steps between the two newest of its values; gaps and weights are elements of the one input `coefficients`, so that
-    one program serves steps of any distance.
+    steps between the two newest of its values; gaps and weights are elements of the one input `coefficients` (or
+    `name`), so that one program serves steps of any distance.
 
     Tier: approximate by design; bitwise with respect to the same sums over the values kept. Apply after `read_cache`.
     Invariant: the new inputs come last; the outputs are the model's own.
@@ -37,7 +37,8 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
     read = [by_slot[slot.name] for slot in slots if slot.name in by_slot]
     if not order or not read:
         return PassResult(graph, False)
-    if any(input_of(node).kind == "history" for node in placeholders(graph)):
+    given = [input_of(node) for node in placeholders(graph)]
+    if {slot_and_age(one.name)[0] for one in given if one.kind == "history"} & by_slot.keys() & {s.name for s in slots}:
         raise PassError("extrapolate: this graph reads the history of its slots already; apply it to a copy of before")
     last_input = placeholders(graph)[-1]
 
@@ -50,7 +51,7 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int) -> PassRe
 
     like = read[0].meta["val"]
     coefficients = add_input(
-        GraphInput("coefficients", COEFFICIENTS, "step"),
+        GraphInput("coefficients", name, "step"),
         like.new_empty(num_coefficients(order), dtype=torch.float32),
     )
     values = {
