@@ -6,7 +6,7 @@ pipe = lightcache_fx.transform_pipeline(pipe, policy)
 
 from lightcache_fx import errors
 from lightcache_fx.backend import backend
-from lightcache_fx.caching import Adaptive, Auto, Cache, Guard, Magnitude, Residual
+from lightcache_fx.caching import Adaptive, Auto, Cache, Guard, Guidance, Magnitude, Residual
 from lightcache_fx.calibrating import calibrate
 from lightcache_fx.calibration import Calibration, Point
 from lightcache_fx.loading import load
@@ -32,6 +32,7 @@ __all__ = [
     "Compile",
     "Decode",
     "Guard",
+    "Guidance",
     "Layers",
     "Magnitude",
     "PipelinePlan",

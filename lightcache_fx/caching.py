@@ -115,6 +115,29 @@ class Guard(Settings):
     every: Annotated[int, pydantic.Field(ge=1)] | None = None
 
 
+class Guidance(Settings):
+    """Of a step's guidance branches the first is computed, the others derived from it (FasterCache, Lv et al. 2024).
+
+    For pipelines that call the denoiser once for each branch: another branch than the first returns, in a step that is
+    not full, what the first returned plus what the two differed by at the last full step.
+
+    Attributes:
+        interval: every `interval`-th step computes all branches, counted from the first.
+        first: so many first steps do; at least one.
+        last: so many last steps do; needs the number of steps, from `num_steps` or from the pipeline.
+        num_steps: the number of denoiser evaluations of a run, where no pipeline tells it.
+        low: weight of the difference's low spatial frequencies, where the model returns images or videos.
+        high: of its high ones.
+    """
+
+    interval: Annotated[int, pydantic.Field(ge=1)]
+    first: Annotated[int, pydantic.Field(ge=1)] = 1
+    last: Annotated[int, pydantic.Field(ge=0)] = 0
+    num_steps: Annotated[int, pydantic.Field(ge=1)] | None = None
+    low: Finite = 1.0
+    high: Finite = 1.0
+
+
 class Cache(Settings):
     """Which values are kept from step to step, and at which steps they are computed afresh.
 

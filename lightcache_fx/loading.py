@@ -303,7 +303,7 @@ def _bytes_needed(made: Compiled, branches: int) -> int:
     """Bytes of all weights, of what is kept for each branch, and of the activations of the most demanding program."""
     inputs = (node for program in made.programs.values() for node in placeholders(program.graph_module.graph))
     weights = {given.name: num_bytes(node) for node in inputs if (given := input_of(node)).kind == "weight"}
-    always = made.plan.history_bytes + made.plan.indicator_bytes
+    always = made.plan.history_bytes + made.plan.indicator_bytes + made.plan.output_bytes
     kept = {"slot": made.plan.slot_bytes, "hoisted": made.plan.hoist.num_bytes, "always": always}
     highest = 0
     for program in made.programs.values():

@@ -373,6 +373,7 @@ class PlanRecord(Record):
     branches: Annotated[int, pydantic.Field(ge=1, le=MAX_BRANCHES)]
     probe: ProbePlan | None = None
     combined_flops: dict[ProgramName, Size] = pydantic.Field(default_factory=dict)
+    output_bytes: Size = 0
 
     @classmethod
     def of(cls, plan: Plan) -> PlanRecord:
@@ -388,6 +389,7 @@ class PlanRecord(Record):
             branches=plan.branches,
             probe=plan.probe,
             combined_flops=dict(plan.combined_flops),
+            output_bytes=plan.output_bytes,
         )
 
     def plan(self, model: str, policy: Policy) -> Plan:
@@ -406,6 +408,7 @@ class PlanRecord(Record):
             branches=self.branches,
             probe=self.probe,
             combined_flops=self.combined_flops,
+            output_bytes=self.output_bytes,
         )
 
 

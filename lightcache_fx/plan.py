@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
 from lightcache_fx.capture import Capture
 from lightcache_fx.cuts import CutChoice, GraphFacts, Slot, choose_cuts, kept_nodes, reuse_nodes
 from lightcache_fx.extrapolation import COEFFICIENT_BYTES, num_coefficients
-from lightcache_fx.graphs import copy_graph
+from lightcache_fx.graphs import copy_graph, num_bytes, outputs
 from lightcache_fx.hoisting import HoistPlan, plan_hoisting
 from lightcache_fx.passes.split_run_invariants import split_run_invariants
 from lightcache_fx.policy import Policy
@@ -54,6 +54,7 @@ class Plan:
         branches: how many calls a step has, one for each branch of guidance: budgets count the slots and hoisted values
             of all of them.
         probe: where a step is split behind what it decides by, where the policy lets steps decide.
+        output_bytes: bytes of what the model returns, where guidance branches are derived from each other's.
         combined_flops: FLOPs of the programs that compute some of what is kept, by name.
         beside: bytes that calls of other signatures in a step (a prompt of another length) keep on the device.
     """
@@ -73,6 +74,7 @@ class Plan:
     beside: int = 0
     probe: ProbePlan | None = None
     combined_flops: Mapping[str, int] = field(default_factory=dict)
+    output_bytes: int = 0
 
     @cached_property
     def programs(self) -> tuple[str, ...]:
@@ -147,7 +149,7 @@ class Plan:
     @property
     def always_bytes(self) -> int:
         """Bytes on the device all the time beside weights and slots, of all branches and of other signatures."""
-        each = self.hoist.num_bytes + self.history_bytes + self.indicator_bytes
+        each = self.hoist.num_bytes + self.history_bytes + self.indicator_bytes + self.output_bytes
         numbers = sum(COEFFICIENT_BYTES * num_coefficients(cache.order) for cache in self.policy.caches)
         return self.branches * each + self.handed_bytes + numbers + self.beside
 
@@ -350,6 +352,7 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
         notes=tuple(notes),
         probe=probe,
         branches=(policy.calls_per_step or 1) if capture.layout.is_repeated else 1,
+        output_bytes=sum(num_bytes(n) for n in outputs(graph) if isinstance(n, fx.Node)) if policy.guidance else 0,
     )
     notes += _notes_of_nesting(plan, step)
     return replace(plan, combined_flops=_combined_flops(plan, step), notes=tuple(notes))

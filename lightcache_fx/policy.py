@@ -19,7 +19,7 @@ import pydantic
 import yaml
 from torch import nn
 
-from lightcache_fx.caching import Adaptive, Cache, Guard, check_several, cut_to_plain
+from lightcache_fx.caching import Adaptive, Cache, Guard, Guidance, check_several, cut_to_plain
 from lightcache_fx.errors import PolicyError, nearest
 from lightcache_fx.settings import Budget, Bytes, Settings, read_as, read_quality, settings_or_none
 
@@ -205,6 +205,7 @@ class Policy(Settings):
     Attributes:
         cache: what to keep between steps, or None for no caching. A list of several has a schedule for each of them:
             attention outputs that are broadcast over ranges of steps (PAB, Zhao et al. 2024), say.
+        guidance: derive guidance branches from the first one of their step in most steps.
         quality: cache as much as a quality allows, by what a calibration has measured: `psnr>=30` (dB) or `ssim>=0.95`.
         speedup: likewise, as well as so many times fewer FLOPs allow.
         calibration: the file that `calibrate(...).save` wrote, for `quality` or `speedup`.
@@ -230,6 +231,7 @@ class Policy(Settings):
     """
 
     cache: Cache | list[Cache] | None = None
+    guidance: Guidance | None = None
     quality: str | None = None
     speedup: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False, strict=False)] | None = None
     calibration: str | None = None
@@ -253,6 +255,11 @@ class Policy(Settings):
             check_several([one for one in caches if isinstance(one, Cache)])
             return caches[0] if len(caches) == 1 else caches
         return settings_or_none(Cache, value)
+
+    @pydantic.field_validator("guidance", mode="before")
+    @classmethod
+    def _read_guidance(cls, value: object) -> object:
+        return settings_or_none(Guidance, value)
 
     @pydantic.field_validator("calibration", mode="before")
     @classmethod
@@ -363,7 +370,14 @@ class Policy(Settings):
 
     def of_encoder(self) -> Policy:
         """What of this policy applies to a module that runs once a generation: where its weights are."""
-        about_steps: dict[str, Any] = {"cache": None, "hoist": False, "rates": {}, "chunk": None, "decode": None}
+        about_steps: dict[str, Any] = {
+            "cache": None,
+            "guidance": None,
+            "hoist": False,
+            "rates": {},
+            "chunk": None,
+            "decode": None,
+        }
         about_steps["calls_per_step"] = None
         return self.model_copy(update={**about_steps, **_UNCALIBRATED})
 
@@ -374,7 +388,13 @@ class Policy(Settings):
             asked = self.decode.budget
             applies = isinstance(asked, int) or (isinstance(asked, str) and method == "decode")
             chunk = Chunk(budget=asked) if applies else None
-        about_steps: dict[str, Any] = {"cache": None, "hoist": False, "rates": {}, "calls_per_step": None}
+        about_steps: dict[str, Any] = {
+            "cache": None,
+            "guidance": None,
+            "hoist": False,
+            "rates": {},
+            "calls_per_step": None,
+        }
         return self.model_copy(update={**about_steps, **_UNCALIBRATED, "chunk": chunk})
 
     @classmethod

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lightcache_fx.deciding import Decision
+from lightcache_fx.deriving import Derived
 from lightcache_fx.stores import Copies, Stores
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class Branch:
         stores: values kept for reuse steps, values computed once a generation, and copies of both on the device.
         since_full: how many calls came since the last full one.
         ran: the program of the last call.
+        derived: what guidance branches are derived from and by.
         decision: what an adaptive schedule has seen of it.
         hoisted_key: of the inputs that the hoisted values hold for.
     """
@@ -137,6 +139,7 @@ class Branch:
     stores: Stores = field(default_factory=Stores)
     since_full: int = 0
     ran: str = ""
+    derived: Derived = field(default_factory=Derived)
     decision: Decision = field(default_factory=Decision)
     hoisted_key: tuple[object, ...] | None = None
     hoisted_sources: Sequence[torch.Tensor] = ()  # held, so that an identity in the key stays that tensor's
@@ -181,6 +184,11 @@ class RunTracker:
         self._doubtful = False
         self._settled = False
         self._warned = False
+
+    @property
+    def first_of_step(self) -> Branch | None:
+        """The branch that the step under way has called first."""
+        return self._called[0] if self._called else None
 
     def locate_marked(self, run: MarkedRun, group: Hashable, inputs: tuple[torch.Tensor, ...]) -> Position:
         """Place a call made inside a marked run; reads nothing from the device."""

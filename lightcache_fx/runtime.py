@@ -39,7 +39,7 @@ from lightcache_fx.program import BoundProgram, Moment, build_programs
 from lightcache_fx.program_log import log_programs
 from lightcache_fx.ranges import profiled
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
-from lightcache_fx.schedule import Schedules, program_name
+from lightcache_fx.schedule import Schedule, Schedules, program_name
 from lightcache_fx.stores import Stores, version_of
 from lightcache_fx.swapping import SMALLEST
 from lightcache_fx.units import format_bytes
@@ -135,6 +135,9 @@ class Runtime:
         self.observe: Callable[[Observed], None] | None = None
         self.schedule: Schedules | None = None
         self._rule = policy.adaptive
+        self._guidance = policy.guidance
+        self._warned = False
+        self._computes_all = Schedule.of_guidance(policy.guidance) if policy.guidance is not None else None
         self.watch = Watch(policy.guard, self.reader.owner) if policy.guard is not None else None
 
     @property
@@ -163,7 +166,7 @@ class Runtime:
             try:
                 position = self._locate(call, compiled)
                 with profiled(lambda: f"step {position.step}, branch {self._place_of(position, compiled)}"):
-                    return self._run(call, self._for_branches(compiled, position), position)
+                    return self._run_or_derive(call, compiled, position)
             except BaseException:
                 self.tracker.reset()
                 self._ledger.let_go()
@@ -382,10 +385,57 @@ class Runtime:
         if position.begins_run:
             self._local.timeline.clear()
             self._local.is_guarded = self.watch is not None and self.watch.begin_run()
-            (self.schedule or compiled.plan.schedule).check(run.num_steps if run is not None else None)
+            for schedule in (self.schedule or compiled.plan.schedule, self._computes_all):
+                if schedule is not None:
+                    schedule.check(run.num_steps if run is not None else None)
         return position
 
-    def _run(self, call: Call, compiled: Compiled, position: Position) -> object:
+    def _run_or_derive(self, call: Call, compiled: Compiled, position: Position) -> object:
+        """Another guidance branch than the first is derived from that, where the policy says so."""
+        first, branch = self.tracker.first_of_step, position.branch
+        derived = None
+        if self._computes_all is not None and first is not None and branch is not first:
+            derived = self._derive(call, compiled, position, first)
+        if derived is not None:
+            return compiled.capture.rebuild_output(derived)
+        tensors = self._run(call, self._for_branches(compiled, position), position)
+        if self._computes_all is not None and first is not None:
+            if branch is first:
+                branch.derived.keep_outputs(tensors)
+                self._warn_of_one_branch(position)
+            else:
+                branch.derived.keep_differences(tensors, first.derived)
+        return compiled.capture.rebuild_output(tensors)
+
+    def _warn_of_one_branch(self, position: Position) -> None:
+        if position.step and len(self.tracker.branches) == 1 and not self._warned:
+            self._warned = True
+            log.warning(
+                "guidance: %s is called once a step, so there is no other branch to derive; leave guidance out, or use"
+                " a pipeline that calls it once for each branch",
+                self.reader.owner,
+            )
+
+    def _derive(self, call: Call, compiled: Compiled, position: Position, first: Branch) -> list[torch.Tensor] | None:
+        """What a guidance branch is taken to return; None where it is to be computed."""
+        branch, num_steps = position.branch, run.num_steps if (run := current_run()) is not None else None
+        assert self._guidance is not None
+        assert self._computes_all is not None
+        stopped = self.watch is not None and self.watch.stopped is not None
+        if stopped or not position.certain or self._computes_all.is_full(position.step, num_steps):
+            return None
+        begin = time.perf_counter()
+        found = branch.derived.from_first(first.derived, self._guidance)
+        if found is None:
+            return None
+        schedule = self.schedule or compiled.plan.schedule
+        branch.derived.missed |= self._rule is not None or bool(schedule.fresh(position.step, num_steps))
+        place, seconds = self._place_of(position, compiled), time.perf_counter() - begin
+        self._local.timeline.append(ProgramRun(position.step, place, "derived", begin, seconds, self.kept_bytes()))
+        self.counts["derived"] += 1
+        return self._guarded(call, compiled, position, found) if self._local.is_guarded else found
+
+    def _run(self, call: Call, compiled: Compiled, position: Position) -> list[torch.Tensor]:
         branch, swap = position.branch, compiled.plan.swap
         num_steps = run.num_steps if (run := current_run()) is not None else None
         self._settle_weights(compiled, position)
@@ -426,7 +476,7 @@ class Runtime:
         if self.observe is not None and is_full:
             branch_place = self._place_of(position, compiled)
             self.observe(Observed(compiled, branch.stores, branch_place, position.step, call.tensors, tensors))
-        return compiled.capture.rebuild_output(tensors)
+        return tensors
 
     def _make_room(self, compiled: Compiled, kind: str, position: Position) -> None:
         """What a program is to make leaves the stores, or becomes history."""
@@ -496,7 +546,8 @@ class Runtime:
         if plan.cut is None or not position.certain or (self.watch is not None and self.watch.stopped is not None):
             return full
         name = program_name(schedule.fresh(position.step, num_steps), len(schedule.each))
-        if name not in plan.programs or name == "full":
+        missed, branch.derived.missed = branch.derived.missed, False
+        if name not in plan.programs or name == "full" or missed:
             return full
         if plan.probe is not None and self._rule is not None:
             change, label = branch.stores.change, plan.probe.label

@@ -55,20 +55,17 @@ def check_programs(
     """
     hoisted = [value.node for value in plan.hoist.values]
     probe = plan.probe
-    if len(plan.policy.caches) < len({slot.cache for slot in plan.slots} | {0}) or any(
-        slot.cache >= max(1, len(plan.policy.caches)) for slot in plan.slots
-    ):
-        raise LoadError(f"{file}: its plan keeps things for other caches than the policy has")
-    expected = {*plan.programs, *(["prologue"] if hoisted else [])}
-    expected |= {"probe"} if probe is not None else set()
     least = (plan.policy.calls_per_step or 1) if layout.is_repeated else 1
     learns = layout.is_repeated and plan.policy.memory_budget is not None
     if plan.branches < least or (plan.branches > least and not learns):
         raise LoadError(f"{file}: its plan is for {plan.branches} calls a step, unlike the policy's {least}")
     if (plan.cut is None) != (plan.policy.cache is None):
         raise LoadError(f"{file}: its plan has {'no' if plan.cut is None else 'a'} cut, unlike the policy")
+    if plan.cut is not None and {slot.cache for slot in plan.slots} != set(range(len(plan.policy.caches))):
+        raise LoadError(f"{file}: its plan keeps things for other caches than the policy has")
     if (probe is None) != (plan.policy.adaptive is None):
         raise LoadError(f"{file}: its plan has {'no' if probe is None else 'a'} probe, unlike the policy")
+    expected = {*plan.programs, *(["prologue"] if hoisted else []), *(["probe"] if probe is not None else [])}
     if set(programs) != expected:
         raise LoadError(f"{file}: its plan is of programs {sorted(expected)}, but it has {sorted(programs)}")
     for leaf in layout.leaves:

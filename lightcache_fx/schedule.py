@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightcache_fx.caching import Adaptive, Cache, Magnitude
+from lightcache_fx.caching import Adaptive, Cache, Guidance, Magnitude
 from lightcache_fx.errors import ScheduleError
 from lightcache_fx.magnitudes import MagnitudeRule, full_steps
 
@@ -51,6 +51,11 @@ class Schedule:
             last=cache.last,
             num_steps=cache.num_steps,
         )
+
+    @classmethod
+    def of_guidance(cls, guidance: Guidance) -> Schedule:
+        """The schedule of the steps that compute all guidance branches."""
+        return cls(guidance.interval, first=guidance.first, last=guidance.last, num_steps=guidance.num_steps)
 
     def check(self, num_steps: int | None) -> None:
         """Raise a `ScheduleError` where the schedule does not fit a run of `num_steps` steps (None: not known)."""

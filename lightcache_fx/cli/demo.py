@@ -7,7 +7,7 @@ a folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ def compare(
         caching=Caching(
             cut=cut.label if cut else None,
             num_full=report.counts["full"] - before["full"],
-            num_reuse=report.counts.get("reuse", 0) - before.get("reuse", 0),
+            num_reuse=_reused(report.counts) - _reused(before),
             kept_bytes=holding.kept_bytes,
             num_slots=len(cut.slots) if cut else 0,
             hoisted_bytes=holding.hoisted_bytes,
@@ -199,6 +199,11 @@ def compare(
         plan=str(report),
         diff=tuple(program_diff(report)),
     )
+
+
+def _reused(counts: Mapping[str, int]) -> int:
+    """How many steps have reused something."""
+    return sum(count for name, count in counts.items() if name not in ("full", "prologue", "probe"))
 
 
 def program_diff(report: lc.Report) -> list[str]:
