@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from torch import fx
 
 from lightcache_fx.axis_rules import CannotCut, needs_of
 from lightcache_fx.chunk_memory import Memory
-from lightcache_fx.graphs import layout_of, output_node, storage_root
+from lightcache_fx.graphs import layout_of, module_path, output_node, storage_root
 from lightcache_fx.passes.recompute_values import links, passes_over
 from lightcache_fx.regions import row_axis
 
@@ -29,6 +30,8 @@ _LARGE = 1 / 128
 """Values below this share of the budget are kept."""
 _NEARLY = 1.02
 """What is kept at least may be exceeded by so much where that computes less again."""
+_MOST_ALONE = 256
+"""So many values are decided about one by one; of more, those of blocks that are alike are decided about together."""
 _LEVELS = 2
 """So many largest sizes of what is kept are tried."""
 
@@ -134,18 +137,34 @@ class Values:
         streamed = set(streamed)
         now = self.seconds(streamed)
         place = self.memory.place
-        queue = [(-math.inf, -place[root], root) for root in streamed]
+        units = self._units(streamed)
+        queue = [(-math.inf, -place[unit[-1]], unit) for unit in units]
+        heapq.heapify(queue)
         while queue:
-            _, order, root = heapq.heappop(queue)
-            if self.kept_peak(streamed - {root}) > room:
+            _, order, unit = heapq.heappop(queue)
+            if self.kept_peak(streamed.difference(unit)) > room:
                 continue
-            saved = now - self.seconds(streamed - {root})
+            saved = now - self.seconds(streamed.difference(unit))
             if queue and -saved > queue[0][0]:
-                heapq.heappush(queue, (-saved, order, root))
+                heapq.heappush(queue, (-saved, order, unit))
             elif saved > 0:
-                streamed.remove(root)
+                streamed.difference_update(unit)
                 now -= saved
         return streamed
+
+    def _units(self, streamed: set[fx.Node]) -> list[list[fx.Node]]:
+        """What is kept or streamed together: each value by itself or, of very many, those of blocks that are alike.
+
+        Values are asked one by one, each time with all calls of the graph, which takes the square of their number.
+        """
+        ordered = sorted(streamed, key=self.memory.place.__getitem__)
+        if len(ordered) <= _MOST_ALONE:
+            return [[root] for root in ordered]
+        alike: dict[Hashable, list[fx.Node]] = {}
+        for root in ordered:
+            place = re.sub(r"\d+", "#", module_path(root))
+            alike.setdefault((place, root.target, layout_of(root)), []).append(root)
+        return list(alike.values())
 
 
 def _in_strips(node: fx.Node) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from graphs import Captured, captured
+from lightcache_fx import rematerialization
 from lightcache_fx.chunk_memory import Memory
 from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.costs import GPU_FLOAT, GPU_HALF, machine_of
-from lightcache_fx.graphs import copy_graph
+from lightcache_fx.graphs import copy_graph, module_path
 from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.chunk_regions import Chunking
 from lightcache_fx.passes.split_group_norm import group_norms
@@ -121,3 +123,20 @@ def test_a_half_precision_model_is_priced_as_one_though_its_norms_compute_in_flo
     given = captured(Decoder().eval().half(), torch.randn(1, 4, 8, 8).half())
     assert machine_of(split(given), cuda=True) is GPU_HALF
     assert machine_of(split(decoder()), cuda=True) is GPU_FLOAT
+
+
+def test_values_of_blocks_that_are_alike_are_decided_about_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of very many values; what is kept still fits, and alike blocks are treated alike."""
+    memory, room = Memory(split(decoder())), int(2.5 * WIDE)
+    values = Values.of(memory, 0)
+    alone = values.keep_what_saves(values.streamable, room)
+    monkeypatch.setattr(rematerialization, "_MOST_ALONE", 0)
+    together = values.keep_what_saves(values.streamable, room)
+    assert values.kept_peak(together) <= room
+    assert values.seconds(alone) <= values.seconds(together) < values.seconds(values.streamable)
+    alike: dict[tuple[str, str], set[bool]] = {}
+    for node in values.streamable:
+        place = module_path(node).replace("1", "0").replace("2", "0")
+        alike.setdefault((place, str(node.target)), set()).add(node in together)
+    assert 2 < len(alike) < len(values.streamable)
+    assert all(len(kept_or_not) == 1 for kept_or_not in alike.values())
