@@ -40,6 +40,7 @@ WAYS: Mapping[str, lc.Policy] = {
     "adaptive": lc.Policy(cache=lc.Cache(cut=0, adaptive=lc.Adaptive(threshold=0.5, max_reuse=2))),
     "magnitudes": lc.Policy(cache=lc.Cache(cut=0, magnitude=lc.Magnitude(ratios=[1.0, 1.01, 0.99, 0.98]))),
     "guarded": lc.Policy(cache=lc.Cache(cut=0, interval=2, guard=lc.Guard(bound=1e9, every=3))),
+    "several": lc.Policy(cache=[lc.Cache(cut="**.attn1", interval=2), lc.Cache(cut="**.attn2", interval=3)]),
     "chunked": lc.Policy(cache=lc.Cache(cut=0, interval=2), chunk=lc.Chunk(budget="80%")),
     "swapped": lc.Policy(cache=lc.Cache(cut=0, interval=2), swap=lc.Swap()),
 }
