@@ -201,7 +201,7 @@ def module_cut(facts: GraphFacts, paths: Sequence[str], module: nn.Module) -> Cu
                 f"cut={path!r}: what the module returns does not change within a run, so keeping it saves nothing"
             )
         kept += [(node, None) for node in moving]
-    return measure_cut(facts, ", ".join(paths), kept)
+    return measure_cut(facts, ", ".join(paths), list(dict.fromkeys(kept)))  # a pattern may name what a path does
 
 
 def _of_pattern(facts: GraphFacts, pattern: str, module: nn.Module) -> list[tuple[fx.Node, None]]:

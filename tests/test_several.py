@@ -404,6 +404,16 @@ def test_cuts_that_cannot_be_beside_each_other(cuts: list[str], match: str) -> N
         )
 
 
+def test_a_module_that_two_patterns_name_is_kept_once() -> None:
+    model, make_inputs = ZOO["wan"].build()
+    cache = lc.Cache(cut=["blocks.*.attn1", "blocks.0.attn1"], interval=2)
+    fast = lc.transform(model, lc.Policy(cache=cache))
+    oracle = HookOracle(model, paths_of(model, "attn1"))
+    for step, inputs in enumerate(run_inputs(make_inputs, 0, 3)):
+        assert_bitwise(plain_step(fast, **inputs), oracle.step(step % 2 == 0, **inputs), f"step {step}")
+    assert len(lc.inspect(fast).plan.slots) == len(model.blocks)
+
+
 def test_patterns() -> None:
     model, _ = ZOO["sd"].build()
     every = [path for path, _ in model.named_modules() if path.endswith(".attn1")]
