@@ -579,7 +579,7 @@ def test_a_slot_is_brought_to_where_a_plan_has_it(state: str, place: SlotPlace, 
     assert torch.equal(stores.slot_on_device("s", torch.device("cpu")), torch.arange(4.0))
     assert "s" not in stores.slot_copies
     assert "other" not in stores
-    stores.begin_full(0, 0, torch.device("cpu"))
+    stores.make_room(["s"], 0, 0, torch.device("cpu"))
     assert "s" not in stores
 
 

@@ -21,7 +21,7 @@ import lightcache_fx as lc
 from lightcache_fx.errors import CutError
 from lightcache_fx.graphs import module_path
 from lightcache_fx.module import runtime_of
-from lightcache_fx.schedule import Schedule
+from lightcache_fx.schedule import Schedules
 from oracle import HookOracle, assert_bitwise, plain_step
 
 EXAMPLES = int(os.environ.get("LIGHTCACHE_EXAMPLES", "40"))
@@ -214,7 +214,7 @@ def check(transformed: nn.Module, oracle: Any, cut: Any, found: list[dict[str, A
     runtime = runtime_of(transformed)
     for schedule in found:
         ((key, compiled),) = runtime.compiled.items()
-        plan = replace(compiled.plan, schedule=Schedule.of(lc.Cache(cut=cut, **schedule)))
+        plan = replace(compiled.plan, schedule=Schedules.of([lc.Cache(cut=cut, **schedule)]))
         runtime.compiled[key] = replace(compiled, plan=plan)
         lc.reset(transformed)
         for run in range(2):
