@@ -17,7 +17,7 @@ from lightcache_fx.published import PUBLISHED
 
 CACHE_KEYS = "cut, interval, steps, mask, magnitude, adaptive, order, guard, first, last, num_steps"
 POLICY_KEYS = (
-    "cache, quality, speedup, calibration, hoist, max_hoisted_bytes, rates, "
+    "cache, guidance, quality, speedup, calibration, hoist, max_hoisted_bytes, rates, "
     "chunk, decode, swap, memory_budget, calls_per_step, compile, "
     "max_signatures, dynamic"
 )
