@@ -66,12 +66,13 @@ class PipelineCase:
         return torch.from_numpy(np.asarray(output))
 
 
-def _text_parts() -> dict[str, Any]:
-    """A byte-level CLIP tokenizer of 7 tokens a prompt and a text encoder of the width that the zoo's U-Nets expect."""
+def text_parts(width: int = 16, encoder: Any = CLIPTextModel) -> dict[str, Any]:
+    """A byte-level CLIP tokenizer of 7 tokens a prompt and a text encoder, by default as the zoo's U-Nets expect."""
     vocabulary = byte_vocabulary("<|startoftext|>", "<|endoftext|>", end_of_word=True)
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
+        hidden_size=width,
+        projection_dim=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -82,17 +83,18 @@ def _text_parts() -> dict[str, Any]:
     )
     return {
         "tokenizer": CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=7),
-        "text_encoder": CLIPTextModel(config).eval(),
+        "text_encoder": encoder(config).eval(),
     }
 
 
-def _image_vae() -> torch.nn.Module:
+def image_vae() -> torch.nn.Module:
     return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
         norm_num_groups=4,
         sample_size=16,
+        shift_factor=0.0,
     ).eval()
 
 
@@ -102,8 +104,8 @@ def _denoiser(name: str) -> torch.nn.Module:
 
 def _stable_diffusion() -> Any:
     return diffusers.StableDiffusionPipeline(
-        **_text_parts(),
-        vae=_image_vae(),
+        **text_parts(),
+        vae=image_vae(),
         unet=_denoiser("sd"),
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
@@ -115,14 +117,14 @@ def _stable_diffusion() -> Any:
 def _animatediff() -> Any:
     scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", beta_schedule="linear", steps_offset=1)
     return diffusers.AnimateDiffPipeline(
-        **_text_parts(), vae=_image_vae(), unet=_denoiser("animatediff"), motion_adapter=None, scheduler=scheduler
+        **text_parts(), vae=image_vae(), unet=_denoiser("animatediff"), motion_adapter=None, scheduler=scheduler
     )
 
 
 def _text_to_video() -> Any:
     return diffusers.TextToVideoSDPipeline(
-        **_text_parts(),
-        vae=_image_vae(),
+        **text_parts(),
+        vae=image_vae(),
         unet=_denoiser("modelscope"),
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
     )

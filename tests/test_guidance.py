@@ -1,193 +1,278 @@
-"""Guidance in the ways that pipelines have it: each branch has a state of its own, and none reuses an old one."""
+"""Pipelines whose guidance changes the denoiser or calls it once more: the plain pipeline and its hooked denoiser."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from torch import nn
+from transformers import CLIPTextModelWithProjection
 
 import lightcache_fx as lc
-from oracle import HookOracle, assert_bitwise, plain_step, scheduled
-from pipelines import _image_vae, _text_parts
-from zoo import ZOO, run_inputs
+from benchmarks.common import randomize
+from oracle import HookOracle, assert_bitwise, plain_step, scheduled, tensors
+from pipelines import image_vae, text_parts
+from zoo import ZOO
 
-NUM_STEPS = 6
+NUM_STEPS = 8
 INTERVAL = 2
 
 
-def perturbed() -> Any:
-    """Perturbed attention: the pipeline puts its own processors into the denoiser while it runs."""
-    pipe = diffusers.StableDiffusionPAGPipeline(
-        **_text_parts(),
-        vae=_image_vae(),
-        unet=ZOO["sd"].build()[0],
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        pag_applied_layers="mid",
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def with_perturbed(pipe: Any, pag_scale: float, seed: int = 0) -> list[torch.Tensor]:
+def _generate(pipe: Any, num_steps: int = NUM_STEPS, **arguments: Any) -> torch.Tensor:
     output = pipe(
-        prompt=f"box {seed}",
+        prompt="box",
         negative_prompt="grey",
-        pag_scale=pag_scale,
         height=32,
         width=32,
-        num_inference_steps=NUM_STEPS,
-        generator=torch.Generator().manual_seed(seed),
+        num_inference_steps=num_steps,
+        generator=torch.Generator().manual_seed(0),
         output_type="latent",
+        return_dict=False,
+        **arguments,
     )
-    return [output.images]
+    return output[0]  # type: ignore[no-any-return]
 
 
-def test_perturbed_attention() -> None:
-    """Three branches in a batch; without the third another capture, whose processors are the model's own again."""
-    pipe = perturbed()
-    whole = {scale: with_perturbed(pipe, scale) for scale in (3.0, 0.0)}
-    assert not torch.equal(whole[3.0][0], whole[0.0][0])
-    exact = lc.transform_pipeline(pipe, lc.Policy())
-    kept = "up_blocks.3.attentions.1"
-    fast = lc.transform_pipeline(pipe, lc.Policy.deepcache(INTERVAL))
-    processors = {name: type(one) for name, one in pipe.unet.attn_processors.items()}
-    for scale in (3.0, 0.0, 3.0):
-        assert_bitwise(with_perturbed(exact, scale), whole[scale], f"whole, {scale}")
-        with scheduled(pipe.unet, HookOracle(pipe.unet, [kept]), INTERVAL):
-            expected = with_perturbed(pipe, scale)
-        assert not torch.equal(expected[0], whole[scale][0])
-        assert_bitwise(with_perturbed(fast, scale), expected, f"cached, {scale}")
-    assert {name: type(one) for name, one in pipe.unet.attn_processors.items()} == processors
-    assert lc.inspect(fast.unet).counts["reuse"] == 3 * NUM_STEPS // 2
+# Perturbed attention: the pipeline sets attention processors for a run ---------------------------------------------
+
+KEPT = "up_blocks.0.attentions.0"
+PERTURBED = ["mid", "up_blocks.0.attentions.1"]  # one that reuse steps skip and one that they run
 
 
-def skipping() -> Any:
-    """Skip-layer guidance: in a part of the steps a further call leaves layers out."""
-    pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=ZOO["sd3"].build()[0],
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
+def _small_unet() -> nn.Module:
+    model = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
     )
+    randomize(model)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def perturbed() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = diffusers.StableDiffusionPAGPipeline(
+            **text_parts(),
+            vae=image_vae(),
+            unet=_small_unet(),
+            scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            pag_applied_layers=PERTURBED,
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def with_skipped(pipe: Any, start: float, seed: int = 0) -> list[torch.Tensor]:
-    """Layer 2 is left out in steps from behind `start` on."""
-    source = torch.Generator().manual_seed(seed)
-    embeds = {
-        "prompt_embeds": torch.randn(1, 7, 24, generator=source),
-        "negative_prompt_embeds": torch.randn(1, 7, 24, generator=source),
-        "pooled_prompt_embeds": torch.randn(1, 16, generator=source),
-        "negative_pooled_prompt_embeds": torch.randn(1, 16, generator=source),
-    }
-    output = pipe(
-        **embeds,
-        height=64,
-        width=64,
-        num_inference_steps=NUM_STEPS,
-        skip_guidance_layers=[2],
-        skip_layer_guidance_start=start,
-        skip_layer_guidance_stop=1.0,
-        generator=source,
-        output_type="latent",
+def test_perturbed_attention_is_that_of_the_plain_pipeline(perturbed: Any) -> None:
+    fast = lc.transform_pipeline(perturbed, lc.Policy())
+    three, two = {"guidance_scale": 7.5}, {"guidance_scale": 0.0}  # passes in the batch, the perturbed one included
+    for passes, scale in ((three, 3.0), (two, 3.0), (three, 0.0), (three, 3.0), (three, 3.0)):
+        expected = _generate(perturbed, 2, pag_scale=scale, **passes)
+        assert_bitwise([_generate(fast, 2, pag_scale=scale, **passes)], [expected], f"scale {scale}, {passes}")
+        assert not fast.pag_attn_processors, "the pipeline has put its processors back"
+
+
+def test_cached_perturbed_attention_is_that_of_the_hooked_pipeline(perturbed: Any) -> None:
+    fast = lc.transform_pipeline(perturbed, lc.Policy(cache=lc.Cache(cut=KEPT, interval=INTERVAL)))
+    for scale in (3.0, 3.0, 0.0, 3.0):
+        with scheduled(perturbed.unet, HookOracle(perturbed.unet, [KEPT]), INTERVAL):
+            expected = _generate(perturbed, pag_scale=scale)
+        assert not torch.equal(expected, _generate(perturbed, pag_scale=scale)), "caching changed nothing"
+        assert_bitwise([_generate(fast, pag_scale=scale)], [expected], f"scale {scale}")
+
+
+# Skipped layers: a further call in some of the steps ---------------------------------------------------------------
+
+
+def _small_transformer() -> nn.Module:
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        pos_embed_max_size=16,
     )
-    return [output.images]
+    randomize(model)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def skipping() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = text_parts(8, CLIPTextModelWithProjection), text_parts(8, CLIPTextModelWithProjection)
+        pipe = diffusers.StableDiffusion3Pipeline(
+            **first,
+            **{f"{name}_2": part for name, part in second.items()},
+            tokenizer_3=None,
+            text_encoder_3=None,
+            vae=image_vae(),
+            transformer=_small_transformer(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+ATTENTION = "transformer_blocks.1.attn"
+SKIP: dict[str, Any] = {
+    "skip_guidance_layers": [0],
+    "skip_layer_guidance_start": 0.2,  # of 8 steps those from 2 to 5
+    "skip_layer_guidance_stop": 0.7,
+    "max_sequence_length": 8,
+}
+
+
+class _Branches:
+    """Which branch a plain call is of and whether it is full: by the schedule, and where a branch comes anew.
+
+    In a marked run the schedule is of the run's steps, elsewhere of the branch's own since it came.
+    """
+
+    def __init__(self, denoiser: nn.Module, *, marked: bool) -> None:
+        self._oracles = {skips: HookOracle(denoiser, [ATTENTION]) for skips in (False, True)}
+        self._came = {False: 0, True: 0}
+        self._last = {False: -2, True: -2}
+        self._marked = marked
+        self._step = -1
+        self.skipping: list[tuple[int, bool]] = []  # step, full?
+
+    def hooked(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        skips = inputs.get("skip_layers") is not None
+        self._step += not skips  # each step calls the other branch first
+        if self._last[skips] != self._step - 1:
+            self._came[skips] = self._step
+        self._last[skips] = self._step
+        since = 0 if self._marked else self._came[skips]
+        full = (self._step - since) % INTERVAL == 0 or self._came[skips] == self._step
+        if skips:
+            self.skipping.append((self._step, full))
+        return self._oracles[skips].hooked(full)
 
 
 @contextmanager
-def each_by_itself(denoiser: nn.Module, path: str) -> Iterator[list[tuple[str, bool]]]:
-    """Hooks for two branches with a state each; a branch that keeps nothing yet is full. Yields what each call was."""
-    oracles = {name: HookOracle(denoiser, [path]) for name in ("both", "skipped")}
-    made: list[tuple[str, bool]] = []
-    steps = -1
-    stack = ExitStack()
+def _branching(denoiser: nn.Module, *, marked: bool = True) -> Iterator[_Branches]:
+    branches, stack = _Branches(denoiser, marked=marked), ExitStack()
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        nonlocal steps
-        name = "both" if kwargs.get("skip_layers") is None else "skipped"
-        steps += name == "both"
-        full = steps % INTERVAL == 0 or name not in dict(made)
-        made.append((name, full))
-        stack.enter_context(oracles[name].hooked(full))
+        stack.enter_context(branches.hooked(kwargs))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.close()
 
-    handles = [
-        denoiser.register_forward_pre_hook(enter, with_kwargs=True),
-        denoiser.register_forward_hook(leave),
-    ]
+    handles = [denoiser.register_forward_pre_hook(enter, with_kwargs=True), denoiser.register_forward_hook(leave)]
     try:
-        yield made
+        yield branches
     finally:
+        stack.close()
         for handle in handles:
             handle.remove()
 
 
-@pytest.mark.parametrize("start", [0.45, 0.2])
-def test_skipped_layers(start: float) -> None:
-    """The further branch comes in the midst of a run, at a step that the schedule would reuse (3) or not (2)."""
-    pipe = skipping()
-    whole = with_skipped(pipe, start)
-    assert_bitwise(with_skipped(lc.transform_pipeline(pipe, lc.Policy()), start), whole, "whole")
-    kept = "transformer_blocks.1"
-    fast = lc.transform_pipeline(pipe, lc.Policy(cache=lc.Cache(cut=kept, interval=INTERVAL)))
-    for seed in (0, 1, 0):
-        with each_by_itself(pipe.transformer, kept) as made:
-            expected = with_skipped(pipe, start, seed)
-        assert_bitwise(with_skipped(fast, start, seed), expected, f"cached, seed {seed}")
-    skipped = [full for name, full in made if name == "skipped"]
-    assert skipped == ([True, True, False] if start == 0.45 else [True, False, True, False])
-    ran = [(run.branch, run.program) for run in lc.inspect(fast.transformer).timeline if run.program != "prologue"]
-    assert [program == "full" for _, program in ran] == [full for _, full in made]
+def test_skipped_layers_are_those_of_the_plain_pipeline(skipping: Any) -> None:
+    expected = _generate(skipping, **SKIP)
+    without = _generate(skipping, max_sequence_length=8)
+    assert not torch.equal(expected, without)
+    fast = lc.transform_pipeline(skipping, lc.Policy())
+    for run in range(2):
+        assert_bitwise([_generate(fast, **SKIP)], [expected], f"skipping, run {run}")
+        assert_bitwise([_generate(fast, max_sequence_length=8)], [without], f"not skipping, run {run}")
 
 
-def test_a_branch_that_sat_out_steps_begins_anew() -> None:
-    """Of two branches one is called at some steps only: what it kept before is out of step by then."""
-    model, make_inputs = ZOO["wan"].build()
-    steps = run_inputs(make_inputs, 0, 8)
-    other = run_inputs(make_inputs, 7, 1)[0]["encoder_hidden_states"]
-    fast = lc.transform(model, lc.Policy(cache=lc.Cache(cut="blocks.1", interval=4)))
-    oracles = [HookOracle(model, ["blocks.1"]) for _ in range(2)]
-    full_at = [[0, 4], [0, 5]]
-    called_at = [range(8), [0, 1, 5, 6]]
-    with lc.marked_run(8):
-        for step, inputs in enumerate(steps):
-            for branch, given in enumerate((inputs, {**inputs, "encoder_hidden_states": other})):
-                if step in called_at[branch]:
-                    expected = oracles[branch].step(step in full_at[branch], **given)
-                    with lc.branch_name(str(branch)):
-                        assert_bitwise(plain_step(fast, **given), expected, f"step {step}, branch {branch}")
-            lc.step_done()
+def test_cached_skipped_layers_are_those_of_the_hooked_pipeline(skipping: Any) -> None:
+    fast = lc.transform_pipeline(skipping, lc.Policy(cache=lc.Cache(cut=ATTENTION, interval=INTERVAL)))
+    for start in (0.2, 0.2, 0.3):  # it comes with a full step of the others, and with a reuse step
+        arguments = {**SKIP, "skip_layer_guidance_start": start}
+        with _branching(skipping.transformer) as branches:
+            expected = _generate(skipping, **arguments)
+        assert (
+            branches.skipping
+            == {
+                0.2: [(2, True), (3, False), (4, True), (5, False)],
+                0.3: [(3, True), (4, True), (5, False)],
+            }[start]
+        )
+        assert not torch.equal(expected, _generate(skipping, **arguments)), "caching changed nothing"
+        assert_bitwise([_generate(fast, **arguments)], [expected], f"from {start}")
 
 
-def test_layers_skipped_by_hooks() -> None:
-    """Hooks of diffusers that leave layers out replace forwards below: the capture has them, and sees them go."""
-    from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_layer_skip
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "by_timestep"])
+def test_a_branch_that_sat_out_steps_comes_back_full(marked: bool) -> None:
+    model = _small_transformer()
+    steps = [False, True, True, True, False, True, True, True]  # whether the step skips layers in a further call
+    fast = lc.transform(model, lc.Policy(cache=lc.Cache(cut=ATTENTION, interval=INTERVAL)))
+    with _branching(model, marked=marked) as branches:
+        expected = _run(model, steps)
+    assert (5, True) in branches.skipping
+    assert (2, False) in branches.skipping or (3, False) in branches.skipping
+    with lc.marked_run() if marked else nullcontext():
+        assert_bitwise(_run(fast, steps), expected)
 
-    model, make_inputs = ZOO["wan"].build()
-    inputs = run_inputs(make_inputs, 0, 1)[0]
-    whole = plain_step(model, **inputs)
-    fast = lc.transform(model)
-    assert_bitwise(plain_step(fast, **inputs), whole, "before")
-    apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn="blocks"))
-    skipped = plain_step(model, **inputs)
-    assert not torch.equal(skipped[0], whole[0])
-    assert_bitwise(plain_step(fast, **inputs), skipped, "with the hooks")
-    HookRegistry.check_if_exists_or_initialize(model.blocks[1]).remove_hook("layer_skip_hook")
-    assert_bitwise(plain_step(fast, **inputs), whole, "after")
+
+def _run(model: nn.Module, steps: Sequence[bool]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(1, 4, 4, 4, generator=generator) for _ in steps]
+    text, pooled = torch.randn(1, 5, 16, generator=generator), torch.randn(1, 16, generator=generator)
+    outputs = []
+    for step, skips in enumerate(steps):
+        for layers in (None, [0]) if skips else (None,):
+            timestep = torch.tensor([900.0 - 100 * step])
+            with torch.no_grad():
+                outputs += tensors(model(latents[step], text, pooled, timestep, skip_layers=layers))
+        lc.step_done()
+    return outputs
+
+
+# Hooks of diffusers that skip layers -------------------------------------------------------------------------------
+
+HOOKS: dict[str, dict[str, bool]] = {
+    "blocks": {"skip_attention": True, "skip_ff": True},
+    "attention_scores": {"skip_attention": False, "skip_ff": False, "skip_attention_scores": True},
+}
+
+
+def test_hooks_that_skip_layers_are_seen() -> None:
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=8,
+        norm_num_groups=4,
+        caption_channels=24,
+    )
+    randomize(model)
+    model.eval()
+    make_inputs = ZOO["pixart"].build()[1]
+    inputs = make_inputs(0)
+    fast = lc.transform(model, lc.Policy())
+    plain = plain_step(model, **inputs)
+    assert_bitwise(plain_step(fast, **inputs), plain, "before")
+    for name, skipped in HOOKS.items():
+        apply_layer_skip(fast, LayerSkipConfig(indices=[1], fqn="transformer_blocks", **skipped))
+        expected = plain_step(model, **inputs)
+        assert not torch.equal(expected[0], plain[0])
+        assert_bitwise(plain_step(fast, **inputs), expected, name)
+        for module in model.modules():
+            if (registry := getattr(module, "_diffusers_hook", None)) is not None:
+                registry.remove_hook("layer_skip_hook")
+    assert_bitwise(plain_step(fast, **inputs), plain, "after")
