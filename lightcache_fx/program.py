@@ -208,10 +208,14 @@ def _pipelines(plan: Plan) -> dict[str, list[tuple[str, Pass]]]:
         ("remove_marks", remove_marks),  # last: slots are named after marked places
         ("remove_dead_code", remove_dead_code),
     ]
-    return {
-        name: [*before, ("write_cache", partial(write_cache, slots=plan.made_by(name))), *_reading(plan, name), *clean]
-        for name in plan.programs
-    }
+    return {name: [*before, *_writing(plan, name), *_reading(plan, name), *clean] for name in plan.programs}
+
+
+def _writing(plan: Plan, name: str) -> Iterable[tuple[str, Pass]]:
+    """The pass by which a program also returns what later steps reuse."""
+    made = plan.made_by(name)
+    if made:
+        yield "write_cache", partial(write_cache, slots=made)
 
 
 def _reading(plan: Plan, name: str) -> Iterable[tuple[str, Pass]]:
