@@ -47,6 +47,7 @@ class Memory:
         """Bytes of the storages that a call leaves behind."""
         self.extra = {step.node: max(0, step.peak - step.before - self.own[step.node]) for step in self.timeline.steps}
         """Bytes that a call takes beside them while it runs."""
+        self._last_readers = [self._last_reader(node) for node in self.order]
         self.roots = self.timeline.owners
         self.touched = {
             node: tuple(dict.fromkeys(r for n in (*node.all_input_nodes, node) for r in self.roots.get(n, ())))
@@ -70,6 +71,17 @@ class Memory:
         if isinstance(found, CannotCut):
             raise found.with_traceback(None)  # raised again and again, it would grow a frame a time
         return found
+
+    def leaving(self, begin: int, end: int) -> list[fx.Node]:
+        """As `regions.leaving`, of the calls of `[begin, end]`."""
+        readers = enumerate(self._last_readers[begin : end + 1], begin)
+        return [self.order[index] for index, last in readers if last > end]
+
+    def _last_reader(self, node: fx.Node) -> int:
+        """The place of the last call that reads a value; -1 where nobody does, or it is no tensor."""
+        if not tensors_of(node):
+            return -1
+        return max((self.place.get(user, _END) for user in node.users), default=-1)
 
     def _last_uses(self) -> dict[fx.Node, int]:
         last: dict[fx.Node, int] = {node: index for index, node in enumerate(self.order)}

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lightcache_fx.axes import Axis
 from lightcache_fx.chunk_bodies import Bodies
 from lightcache_fx.chunk_memory import Chosen, Memory, profile
 from lightcache_fx.chunk_search import PlanBody, Search
+from lightcache_fx.chunk_trials import estimated
 from lightcache_fx.explicit_regions import frame_by_frame, layer_by_layer, regions_of_module
 from lightcache_fx.graphs import copy_graph, layout_of
 from lightcache_fx.liveness import timeline
@@ -226,7 +226,7 @@ class _Planner:
     def __init__(self, memory: Memory, chosen: Sequence[Chosen], budget: int, plan_body: PlanBody | None) -> None:
         self.memory, self.budget, self.plan_body = memory, budget, plan_body
         self.chosen = list(chosen)
-        self._fitted: dict[Hashable, list[tuple[int, int, int, Axis]]] = {}
+        self._found: dict[Hashable, list[_Found]] = {}
         self._types = [_type_of(node) for node in memory.order]
 
     def lower(self, item: fx.Node | Chosen) -> bool:
@@ -239,28 +239,45 @@ class _Planner:
             if found is None:
                 return False
             if isinstance(item, fx.Node) and not found.bodies:
-                known = self._fitted.setdefault(self._types[at], [])
-                known.append((found.begin - at, found.end - at, found.end, found.region.axis))
+                _, reached = search.exactly(found)
+                self._found.setdefault(self._types[at], []).append(_Found(at, found, reached))
         self.chosen = [c for c in self.chosen if c.end < found.begin or c.begin > found.end]
         self.chosen.append(found)
         return True
 
     def _like_before(self, search: Search, at: int) -> Chosen | None:
-        """A region that fits where the same operations stand at the same distances as in one that was chosen."""
-        for before, after, old_end, axis in self._fitted.get(self._types[at], []):
-            begin, end = at + before, at + after
-            shift = end - old_end
+        """A region where the same operations stand at the same distances as in one that was chosen.
+
+        It fits, or lowers the peak as far as the other did.
+        """
+        for known in self._found.get(self._types[at], []):
+            shift = at - known.at
+            begin, end = known.chosen.begin + shift, known.chosen.end + shift
             if not (search.may_begin(begin) and search.may_end(end)):
                 continue
-            if self._types[begin : end + 1] != self._types[begin - shift : end - shift + 1]:
+            if self._types[begin : end + 1] != self._types[known.chosen.begin : known.chosen.end + 1]:
                 continue
             try:
-                found = search.fitted(search.stretch(begin, end, axis))
+                stretch = search.stretch(begin, end, known.chosen.region.axis)
             except Blocked:
                 continue
+            found = search.fitted(stretch)
             if found is not None:
                 return found
+            if known.chosen.count in stretch.region.counts([known.chosen.count]):
+                lowering, reached = search.exactly(estimated(stretch, known.chosen.count))
+                if reached <= known.reached and reached < 0.99 * search.peak:
+                    return lowering
         return None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A region that was chosen for the peak at call `at`, and the highest that its stretch reached then."""
+
+    at: int
+    chosen: Chosen
+    reached: int
 
 
 def _type_of(node: fx.Node) -> Hashable:

@@ -15,9 +15,9 @@ from torch import fx
 
 from lightcache_fx.axes import Axis
 from lightcache_fx.chunk_memory import Chosen, Memory, Stretch, profile
-from lightcache_fx.chunk_trials import chunk_seconds, estimated, exactly
+from lightcache_fx.chunk_trials import chunk_seconds, estimated, exactly, fits_in_bodies
 from lightcache_fx.chunked import build_region, copied_bytes
-from lightcache_fx.regions import Blocked, axes_of, finer_axes, leaving, ranges_of, trace_region
+from lightcache_fx.regions import Blocked, axes_of, finer_axes, ranges_of, trace_region
 
 if TYPE_CHECKING:
     from lightcache_fx.chunk_planner import ChunkPlan
@@ -28,15 +28,19 @@ _COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 _NEAR = 3
 _NESTED_TRIES = 1
 _TRIES = 6
+_PASS_TRIES = 3
 _SMALLER = 8
 """Every other of so many larger numbers of chunks is looked at for a faster one."""
 _SAME = 0.01
 """Times that differ by less, as a share of what the region takes uncut, are the same: then fewer chunks are better.
 
-Prices are rough; and the last chunk to be halved is one position, which oneDNN and GroupNorm round otherwise than two.
+So are peaks where none fits, as a share of the peak. Prices are rough; and the last chunk to be halved is one position,
+which oneDNN and GroupNorm round otherwise than two.
 """
 _ENOUGH = 3
 """So many stretches that fit end the search for longer ones."""
+_COARSE = 4
+"""Where no number of chunks can fit, one of so many is looked at."""
 
 
 class Search:
@@ -58,6 +62,8 @@ class Search:
         """Bytes live before each call and each region."""
         self.taken: dict[int, Chosen] = {i: region for region in chosen for i in range(region.begin, region.end + 1)}
         """The calls that are in a region; a new region holds such a region altogether or not at all."""
+        self._lowest: list[int] = []
+        """The least that candidates reach so far, as many as will be looked at exactly, rising."""
 
     def may_begin(self, index: int) -> bool:
         """Whether a region may begin with a call."""
@@ -82,7 +88,7 @@ class Search:
             return
         stretches = itertools.product(filter(self.may_begin, begins[:_NEAR]), filter(self.may_end, ends[:_NEAR]))
         for begin, end in sorted(stretches, key=lambda pair: pair[1] - pair[0]):
-            for axis in axes_of(leaving(self.memory.order[begin : end + 1])[-1]):
+            for axis in axes_of(self.memory.leaving(begin, end)[-1]):
                 yield begin, end, axis
 
     def best_pass(self, passes: Iterable[tuple[int, int, Axis]]) -> Chosen | None:
@@ -98,10 +104,11 @@ class Search:
                 if sized is not None:
                     exact = self.fitted(sized[0].stretch, sized[0].count)
                     fitting += [exact] if exact is not None else []
-                    found.append(sized[0])
+                    found.append(sized)
             if fitting:
                 return min(fitting, key=lambda candidate: candidate.seconds)
-        lowering = [entry for entry in map(self.exactly, found) if entry[1] < 0.99 * self.peak]
+        lowest = sorted(found, key=lambda entry: entry[1])[:_PASS_TRIES]  # bodies of passes are long
+        lowering = [entry for entry in (self.exactly(c) for c, _ in lowest) if entry[1] < 0.99 * self.peak]
         return min(lowering, key=lambda entry: entry[1])[0] if lowering else None
 
     def best_of_all(self) -> Chosen | None:
@@ -142,12 +149,14 @@ class Search:
 
     def stretch(self, begin: int, end: int, axis: Axis) -> Stretch:
         """The region of a stretch; raises `Blocked` where there is none."""
-        region = trace_region(self.memory.order[begin : end + 1], axis, needs_of=self.memory.needs_of)
-        return Stretch(self.memory, region, begin, end)
+        memory = self.memory
+        wanted = memory.leaving(begin, end)
+        region = trace_region(memory.order[begin : end + 1], axis, needs_of=memory.needs_of, wanted=wanted)
+        return Stretch(memory, region, begin, end)
 
     def fitted(self, stretch: Stretch, least: int = 2) -> Chosen | None:
         """The region that fits by its bodies' own liveness, in the fewest chunks or faster ones; None if none does."""
-        counts = iter(stretch.region.counts(count for count in _COUNTS if count >= least))
+        counts = iter([count for count in self.counts(stretch) if count >= least])
         for count in counts:
             trial, reached = self.estimate(stretch, count)
             if reached <= self.budget:
@@ -168,11 +177,14 @@ class Search:
     def candidates(self) -> Iterator[tuple[Chosen, int]]:
         """Regions around the peak, each with the highest that its stretch then reaches."""
         last = len(self.memory.order)
+        self._lowest = []
         begins = self.narrow_points(filter(self.may_begin, range(self.at, -1, -1)), self.live_before)
         ends = self.narrow_points(filter(self.may_end, range(self.at, last)), lambda index: self.live_before(index + 1))
         fits = 0
         for end in ends:
-            outputs = leaving(self.memory.order[self.at : end + 1])
+            if not self.helps(self.live_before(end + 1)):
+                continue
+            outputs = self.memory.leaving(self.at, end)
             queue = axes_of(outputs[-1]) if outputs else []
             tried: set[Axis] = set()
             fits_here = 0
@@ -193,6 +205,8 @@ class Search:
         for begin in begins:
             if fits >= _ENOUGH or self.live_before(begin) >= 0.99 * self.peak:
                 return
+            if not self.helps(self.live_before(begin)):
+                continue
             try:
                 stretch = self.stretch(begin, end, axis)
             except Blocked as blocked:
@@ -203,7 +217,13 @@ class Search:
             found = self.sized(stretch)
             if found is not None:
                 fits += found[1] <= self.budget
+                self._lowest = sorted([*self._lowest, found[1]])[:_TRIES]
                 yield found
+
+    def helps(self, reached: int) -> bool:
+        """Whether a candidate that reaches so much may fit, or is among those that lower the peak most so far."""
+        worth = self._lowest[-1] if len(self._lowest) == _TRIES else 0.99 * self.peak
+        return reached <= max(self.budget, worth)
 
     def estimate(self, stretch: Stretch, count: int) -> tuple[Chosen, int]:
         """A region in `count` chunks, its time left open, and the highest that its stretch then reaches."""
@@ -215,19 +235,33 @@ class Search:
         return candidate.stretch.reached(candidate, self.live_before(candidate.begin))
 
     def sized(self, stretch: Stretch) -> tuple[Chosen, int] | None:
-        """The fewest chunks that fit the budget, or faster ones, or else the most that still lower the peak."""
-        last: tuple[Chosen, int] | None = None
-        counts = iter(stretch.region.counts(_COUNTS))
-        for count in counts:
-            trial, reached = self.estimate(stretch, count)
-            if last is None or reached < last[1]:
-                last = (trial, reached)
-            if reached <= self.budget:
-                break
-        if last is None or last[1] >= 0.99 * self.peak:
+        """The fewest chunks that fit the budget, or faster ones, or else of a few numbers what lowers the peak most."""
+        counts = self.counts(stretch)
+        if not counts:
             return None
-        fewest = replace(last[0], seconds=chunk_seconds(last[0])), last[1]
-        return self.fastest(fewest, counts)
+        first, _ = self.estimate(stretch, counts[0])
+        beside = self.reached(replace(first, body_peak=0))  # in more chunks it is never less
+        if not self.helps(beside):
+            return None
+        rest = iter(counts if beside <= self.budget else [*counts[:-1:_COARSE], counts[-1]])
+        tried: list[tuple[Chosen, int]] = []
+        for count in rest:
+            tried.append(self.estimate(stretch, count))
+            if tried[-1][1] <= self.budget:
+                break
+        lowest = min(reached for _, reached in tried)
+        if lowest >= 0.99 * self.peak:
+            return None
+        enough = lowest if lowest <= self.budget else lowest + _SAME * self.peak
+        trial, reached = next(entry for entry in tried if entry[1] <= enough)
+        return self.fastest((replace(trial, seconds=chunk_seconds(trial)), reached), rest)
+
+    def counts(self, stretch: Stretch) -> list[int]:
+        """The numbers of chunks that are looked at, rising."""
+        counts = stretch.region.counts(_COUNTS)
+        while counts and not fits_in_bodies(stretch, counts[-1]):
+            counts.pop()
+        return counts
 
     def fastest(self, fewest: tuple[Chosen, int], counts: Iterable[int]) -> tuple[Chosen, int]:
         """Of a region in the fewest chunks that fit and in more, the fewest that take the least time: caches may help.

@@ -17,6 +17,8 @@ from lightcache_fx.regions import Region, ranges_of
 
 _INNER = 2
 """A chunk that stands for all that are not at a border."""
+_MOST_CALLS = 8192
+"""Of all bodies of a region together."""
 
 
 def estimated(stretch: Stretch, count: int) -> Chosen:
@@ -32,6 +34,21 @@ def exactly(chosen: Chosen) -> Chosen:
     peak, replaced = bodies.peak(stretch.region, chosen.count, stretch.replaceable, rounding)
     exact = replace(chosen, body_peak=peak, overwrites=replaced)
     return replace(exact, seconds=chunk_seconds(exact))
+
+
+def fits_in_bodies(stretch: Stretch, count: int) -> bool:
+    """Whether the bodies of `count` chunks have few enough calls together to be built, and to be compiled by anyone.
+
+    Chunks whose halos reach past the border each have a body of their own: as many as the widest range is longer than
+    its share, and each computes that much twice.
+    """
+    region = stretch.region
+    calls = len(region.body)
+    if calls * count <= _MOST_CALLS:
+        return True
+    ranges = ranges_of(region, (count - 1) // 2, count)
+    widest = max((stop - start) / region.axes[node].size for node, (start, stop) in ranges.items())
+    return calls * count * widest <= _MOST_CALLS
 
 
 def _body_peak(stretch: Stretch, count: int, replaced: Sequence[Overwrite]) -> int:

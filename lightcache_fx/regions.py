@@ -118,7 +118,9 @@ def leaving(stretch: Sequence[fx.Node]) -> list[fx.Node]:
     return [node for node in stretch if tensors_of(node) and any(user not in members for user in node.users)]
 
 
-def trace_region(stretch: Sequence[fx.Node], axis: Axis, *, needs_of: NeedsOf = needs_of) -> Region:
+def trace_region(
+    stretch: Sequence[fx.Node], axis: Axis, *, needs_of: NeedsOf = needs_of, wanted: Sequence[fx.Node] | None = None
+) -> Region:
     """The region that computes the values that leave `stretch`, a run of nodes in graph order, cut along `axis`.
 
     Args:
@@ -126,11 +128,12 @@ def trace_region(stretch: Sequence[fx.Node], axis: Axis, *, needs_of: NeedsOf = 
         axis: how the last value that leaves the stretch is cut. Others that leave are cut as the walk finds them, or
             along an axis of as many positions that agrees with what they are made from.
         needs_of: the rules, or something that remembers what they said.
+        wanted: the values that leave the stretch, if they are known.
 
     Raises:
         Blocked: an operation cannot be cut so, or an output can only be computed whole from values that are cut.
     """
-    wanted = leaving(stretch)
+    wanted = leaving(stretch) if wanted is None else wanted
     seed, leave = wanted[-1], set(wanted)
     several = next((node for node in wanted if not isinstance(node.meta["val"], torch.Tensor)), None)
     if several is not None:

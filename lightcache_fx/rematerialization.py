@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +32,8 @@ _NEARLY = 1.02
 """What is kept at least may be exceeded by so much where that computes less again."""
 _MOST_ALONE = 256
 """So many values are decided about one by one; of more, those of blocks that are alike are decided about together."""
+_MOST_CALLS = 10_000
+"""A program of more calls than this, most of them computed again, is not made."""
 _LEVELS = 2
 """So many largest sizes of what is kept are tried."""
 
@@ -39,7 +41,8 @@ _LEVELS = 2
 def recomputations(memory: Memory, budget: int) -> Iterator[tuple[str, ...]]:
     """Sets of values, by name, that are to be computed again, the cheapest first, for a graph that is not chunked yet.
 
-    The last is the one that keeps least, if the budget leaves no room for a cheaper one.
+    The last is the one that keeps least, if the budget leaves no room for a cheaper one. Sets with which the program
+    would be too long are left out.
     """
     values = Values.of(memory, int(_LARGE * budget))
     sizes = sorted({values.sizes[root] for root in values.streamable}, reverse=True)
@@ -53,7 +56,7 @@ def recomputations(memory: Memory, budget: int) -> Iterator[tuple[str, ...]]:
     least = values.kept_peak(values.streamable)
     found += [frozenset(level) for level in levels if values.kept_peak(level) <= _NEARLY * least][:1]
     for streamed in dict.fromkeys(found):
-        if streamed:
+        if streamed and values.num_calls(streamed) <= max(_MOST_CALLS, len(memory.order)):
             yield tuple(node.name for node in memory.order if values.root[node] in streamed)
 
 
@@ -121,16 +124,23 @@ class Values:
             changes[until[node] + 1] -= self.sizes[node]
         return max(itertools.accumulate(changes))
 
-    def seconds(self, streamed: set[fx.Node]) -> float:
+    def seconds(self, streamed: Collection[fx.Node]) -> float:
         """Predicted time of all calls, each as often as it is made."""
+        return math.fsum(self.memory.seconds[node] for node in self._calls(streamed))  # in whatever order sets come
+
+    def num_calls(self, streamed: Collection[fx.Node]) -> int:
+        """How many calls there are then."""
+        return len(self._calls(streamed))
+
+    def _calls(self, streamed: Collection[fx.Node]) -> list[fx.Node]:
+        """All calls, each as often as it is made."""
         calls = {node for node in self.memory.order if self.root[node] in streamed}
         made = (
             {node for reader in readers for node in links(reader, calls)}
             for readers in passes_over(self.memory.graph, calls, num_bytes=self.memory.size.__getitem__)
         )
         again = [node for chain in made for node in chain]
-        kept = [node for node in self.memory.order if node not in calls]
-        return math.fsum(self.memory.seconds[node] for node in kept + again)  # in whatever order sets come
+        return [node for node in self.memory.order if node not in calls] + again
 
     def keep_what_saves(self, streamed: set[fx.Node], room: int) -> set[fx.Node]:
         """Keep what saves most time as long as there is room (greedily, what saved little before is asked last)."""
