@@ -11,7 +11,13 @@ from oracle import assert_bitwise, plain_step
 from zoo import ZOO
 
 CALLS = [(0, 0), (1, 2), (2, 4)]  # (seed, step); the first one is captured
-BOTH_RETURN_TYPES = ["svd", pytest.param("animatediff", marks=pytest.mark.slow), "flux", "cogvideox", "dit"]
+BOTH_RETURN_TYPES = [
+    pytest.param("svd", marks=pytest.mark.slow),
+    pytest.param("animatediff", marks=pytest.mark.slow),
+    "flux",
+    "cogvideox",
+    "dit",
+]
 # In bfloat16 the quick selection takes the video models that the project is for and the named transformers.
 QUICK_IN_BFLOAT16 = {
     *("sd", "svd", "animatediff"),

@@ -525,7 +525,14 @@ def test_a_report_of_a_method_that_is_not_run_by_programs() -> None:
 # Layer by layer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "spatial", "temporal"), [("svd", 7, 3), ("svd", 4, 5), ("animatediff", 4, 7)])
+@pytest.mark.parametrize(
+    ("name", "spatial", "temporal"),
+    [
+        ("svd", 7, 3),
+        pytest.param("svd", 4, 5, marks=pytest.mark.slow),
+        pytest.param("animatediff", 4, 7, marks=pytest.mark.slow),
+    ],
+)
 def test_every_layer_in_so_many_chunks(name: str, spatial: int, temporal: int) -> None:
     """Equal to the whole model though chunks are uneven; norms that frames share are never cut across."""
     given = zoo_capture(name)

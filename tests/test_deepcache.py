@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -83,8 +84,13 @@ def _nbytes(output: Any) -> int:
     return tensor.nbytes
 
 
-@pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("name", KEPT_MODULES)
+@pytest.mark.parametrize(
+    ("name", "branch"),
+    [
+        pytest.param(name, branch, marks=[pytest.mark.slow] if branch and name != "sd" else [])
+        for name, branch in itertools.product(KEPT_MODULES, BRANCHES)
+    ],
+)
 def test_run_equals_the_package(name: str, branch: int) -> None:
     model, make_inputs = ZOO[name].build()
     inputs = make_inputs(0)

@@ -113,7 +113,7 @@ def test_values(name: str, cut: str, order: int) -> None:
 
 @pytest.mark.parametrize(("name", "paths"), [
     ("flux", ["transformer_blocks.1.attn", "single_transformer_blocks.0.attn"]),
-    ("svd", ["up_blocks.1.attentions.0", "up_blocks.2.attentions.1"]),
+    pytest.param("svd", ["up_blocks.1.attentions.0", "up_blocks.2.attentions.1"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_many_modules(name: str, paths: list[str]) -> None:
     model, make_inputs = ZOO[name].build()

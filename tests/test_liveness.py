@@ -689,7 +689,7 @@ UNARY: list[Callable[[torch.Tensor], torch.Tensor]] = [
 ]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_graphs(data: st.DataObject) -> None:
     choices = data.draw(st.lists(st.tuples(st.integers(0, 10), st.sampled_from(range(len(UNARY)))), max_size=8))

@@ -12,7 +12,7 @@ from lightcache_fx import rematerialization
 from lightcache_fx.chunk_memory import Memory
 from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.costs import GPU_FLOAT, GPU_HALF, machine_of
-from lightcache_fx.graphs import copy_graph, module_path
+from lightcache_fx.graphs import calls, copy_graph, module_path
 from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.chunk_regions import Chunking
 from lightcache_fx.passes.split_group_norm import group_norms
@@ -140,3 +140,21 @@ def test_values_of_blocks_that_are_alike_are_decided_about_together(monkeypatch:
         alike.setdefault((place, str(node.target)), set()).add(node in together)
     assert 2 < len(alike) < len(values.streamable)
     assert all(len(kept_or_not) == 1 for kept_or_not in alike.values())
+
+
+def test_calls_are_counted_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And sets with which there would be too many are left out."""
+    given, budget = split(decoder()), int(2.5 * WIDE)
+    memory = Memory(given)
+    values, made = Values.of(memory, 0), {}
+    for names in recomputations(memory, budget):
+        graph, _ = copy_graph(given)
+        Chunking(recomputed=names).apply(graph)
+        made[names] = len(list(calls(graph)))
+        assert values.num_calls({values.root[n] for n in memory.order if n.name in names}) == made[names]
+    fewest = min(made.values())
+    assert fewest < max(made.values())
+    monkeypatch.setattr(rematerialization, "_MOST_CALLS", fewest)
+    assert list(recomputations(memory, budget)) == [names for names, number in made.items() if number == fewest]
+    monkeypatch.setattr(rematerialization, "_MOST_CALLS", 0)
+    assert all(made[names] <= len(memory.order) for names in recomputations(memory, budget))  # no longer than it was

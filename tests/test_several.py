@@ -273,7 +273,7 @@ def resized(value: Any, batch: int) -> Any:
     return value[:1].expand(batch, *value.shape[1:]).contiguous() if isinstance(value, torch.Tensor) else value
 
 
-@pytest.mark.parametrize("swap", [lc.Swap(budget="75%"), lc.Swap(weights=False)])
+@pytest.mark.parametrize("swap", [lc.Swap(budget="75%"), pytest.param(lc.Swap(weights=False), marks=pytest.mark.slow)])
 def test_the_peak_is_as_planned(swap: lc.Swap) -> None:
     """What stays between steps, and what each program takes beside it."""
     model, make_inputs = ZOO["svd"].build()
