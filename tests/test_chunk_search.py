@@ -71,7 +71,7 @@ def test_the_calls_of_bodies_are_near_what_is_built(number: int, monkeypatch: py
         built[count] = sum(len(list(calls(body.graph))) for body in module.bodies)
     let_through = [count for count in counts if chunk_trials.fits_in_bodies(stretch, count)]
     assert let_through == counts[: len(let_through)]
-    assert 0 < len(let_through)
+    assert len(let_through) > 0
     assert (len(let_through) < len(counts)) == (number == 12)
     slices = 3  # a body also takes slices of what it reads
     assert all(built[count] <= slices * limit for count in let_through)
