@@ -1,6 +1,6 @@
 """Peaks of the published systems at full size, stage by stage, predicted for CUDA: fake tensors, no weights, no GPU.
 
-    python -m benchmarks.full_size                    # all, a quarter of an hour (an estimate), 1 GB of memory
+    python -m benchmarks.full_size                    # all, in a quarter of an hour, with 1 GB of memory
     python -m benchmarks.full_size --only svd-xt      # the others are kept as they are in the results file
 
 Four ways, in float16. `plain`, `deepcache` and `cache` have all weights on the device and cut nothing:

@@ -390,24 +390,43 @@ def with_chunks(capture: Capture, plan: Plan, limit: Limit, *, cuda: bool | None
     policy = plan.policy
     frames = policy.frames_at_a_time() if capture.layout.method != "forward" else None
     explicit = policy.chunk.regions if policy.chunk is not None else []
-    chunks = {}
+    chunks: dict[str, ChunkPlan] = {}
+    notes: list[str] = []
     graphs = whole_graphs(capture, plan)
     asked = _asked_of_activations(policy.chunk, graphs, cuda)
-    asked_is_share = policy.chunk is not None and isinstance(policy.chunk.budget, str)
+    is_share, best_effort = False, False
+    if policy.chunk is not None:
+        is_share, best_effort = isinstance(policy.chunk.budget, str), policy.chunk.best_effort
     for name, graph in graphs.items():
-        if policy.chunk is None and frames is None and limit(name) is None:
+        must = limit(name)
+        if policy.chunk is None and frames is None and must is None:
             continue
         regions = explicit if name != "prologue" else []
         whole = fx.GraphModule(modules_of(capture, graph), graph)
         layers = policy.chunk.layers if policy.chunk is not None and name != "prologue" else None
-        budget = min((size for size in (asked, limit(name)) if size is not None), default=None)
-        request = Request(budget, regions, frames, cuda, layers=layers)
-        chunks[name] = _plan_exactly(whole, request)
-        if name == "prologue" and limit(name) is None and asked_is_share and not chunks[name].fits:
-            chunks[name] = replace(chunks[name], budget=chunks[name].peak_after)  # a share is one of what steps take
-        if not chunks[name].fits:
-            raise BudgetError(_explain_floor(plan, name, chunks[name], graph), chunks[name].peak_after)
-    return replace(plan, chunks=chunks)
+        budget = min((size for size in (asked, must) if size is not None), default=None)
+        may_miss = best_effort or (name == "prologue" and is_share and must is None)  # a share is one of steps
+        request = Request(budget, regions, frames, cuda, layers=layers, best_effort=best_effort)
+        chunk = _plan_exactly(whole, request)
+        if not chunk.fits and may_miss:
+            if must is not None and chunk.peak_after > must:
+                chunk = _plan_exactly(whole, replace(request, budget=must, best_effort=False))
+            else:
+                notes += [_short_of_budget(name, chunk)] if best_effort else []
+                chunk = replace(chunk, budget=chunk.peak_after)
+        if not chunk.fits:
+            raise BudgetError(_explain_floor(plan, name, chunk, graph), chunk.peak_after)
+        chunks[name] = chunk
+    return replace(plan, chunks=chunks, notes=(*plan.notes, *notes))
+
+
+def _short_of_budget(name: str, chunk: ChunkPlan) -> str:
+    """What a plan says where its best effort was not enough."""
+    reached, asked = format_bytes(chunk.peak_after), format_bytes(chunk.budget)
+    return (
+        f"{name}: its activations take {reached}, by best effort, not the {asked} that were asked for; whole they take"
+        f" {format_bytes(chunk.peak_before)}"
+    )
 
 
 def _plan_exactly(whole: fx.GraphModule, request: Request) -> ChunkPlan:

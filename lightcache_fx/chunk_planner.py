@@ -46,6 +46,7 @@ class Request:
         frames: cut the whole graph into so many positions of its output's first dimension at a time.
         cuda: as for `timeline`.
         nested: whether the graph is the body of a loop already; its own regions' bodies are not cut in turn.
+        best_effort: whether what is reached on the way to the budget will do; then the least is not looked for.
     """
 
     budget: int | None
@@ -54,6 +55,7 @@ class Request:
     cuda: bool | None = None
     nested: bool = False
     layers: Layers | None = None
+    best_effort: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class _Stages:
 def plan_program(graph: fx.Graph, request: Request, bodies: Bodies | None = None) -> ChunkPlan:
     """As `plan_chunks`; where the budget cannot be kept so, GroupNorms are split, and large values computed again.
 
-    Where that is not enough, the plan is the one that takes least, found with a budget that nothing keeps.
+    Where that is not enough, and least is asked for, the plan is the one that takes least, found with a budget that
+    nothing keeps.
 
     Args:
         graph: of a program, complete but for its regions.
@@ -126,7 +129,7 @@ def plan_program(graph: fx.Graph, request: Request, bodies: Bodies | None = None
     """
     stages = _Stages(graph, request.cuda, Bodies() if bodies is None else bodies)
     plan = _plan_in_stages(stages, request)
-    if plan.fits or request.nested:
+    if plan.fits or request.nested or request.best_effort:
         return plan
     least = _plan_in_stages(stages, replace(request, budget=int(_OUT_OF_REACH * plan.peak_after)))
     return min(plan, replace(least, budget=plan.budget), key=lambda plan: plan.peak_after)

@@ -64,11 +64,14 @@ class Chunk(Settings):
             most does unchunked; what is computed once a generation is cut to it as far as can be.
         regions: explicit regions, applied before the budget is looked at.
         layers: cut every other layer into so many chunks, likewise.
+        best_effort: a budget that cannot be kept is not refused; what is reached on the way to it is taken, and the
+            plan says so. A `memory_budget` or a swap's budget is kept or refused as ever.
     """
 
     budget: Budget | None = None
     regions: list[Region] = pydantic.Field(default_factory=list)
     layers: Layers | None = None
+    best_effort: bool = False
 
     @pydantic.field_validator("regions", mode="before")
     @classmethod
@@ -84,6 +87,7 @@ class Chunk(Settings):
     def _something(self) -> Self:
         if self.budget is None and not self.regions and self.layers is None:
             raise ValueError("expected a budget such as '1.5GiB' or '60%', or regions, or layers; got none of them")
+        _check_best_effort(self.best_effort, self.budget)
         return self
 
 
@@ -97,17 +101,27 @@ class Decode(Settings):
             share (`"60%"`) is one of what decoding takes unsliced, and leaves encoding, which takes less, as it is.
         approximate: decode `frames` at a time even where they depend on each other, as if each slice were a video of
             its own. Not exact: motion may flicker where slices meet. This is what the LightCache paper calls slicing.
+        best_effort: as for `Chunk`.
     """
 
     frames: Annotated[int, pydantic.Field(ge=1)] | None = None
     budget: Budget | None = None
     approximate: bool = False
+    best_effort: bool = False
 
     @pydantic.model_validator(mode="after")
     def _either(self) -> Self:
         if self.approximate and self.budget is not None:
             raise ValueError("approximate=True decodes so many frames at a time; give frames, not a budget")
+        _check_best_effort(self.best_effort, self.budget)
         return self
+
+
+def _check_best_effort(best_effort: bool, budget: Budget | None) -> None:
+    if best_effort and budget is None:
+        raise ValueError(
+            "best_effort=True is about a budget, and there is none; give one such as '60%', or leave it out"
+        )
 
 
 class Swap(Settings):
@@ -387,7 +401,7 @@ class Policy(Settings):
         if self.decode is not None:
             asked = self.decode.budget
             applies = isinstance(asked, int) or (isinstance(asked, str) and method == "decode")
-            chunk = Chunk(budget=asked) if applies else None
+            chunk = Chunk(budget=asked, best_effort=self.decode.best_effort) if applies else None
         about_steps: dict[str, Any] = {
             "cache": None,
             "guidance": None,
@@ -437,9 +451,10 @@ class Policy(Settings):
             branch: DeepCache's branch, a depth on a U-Net's up path, instead of the published cut.
             swap: weights and cached features are on the device only while they are needed, as far as that costs no
                 time by prediction.
-            chunk: a step's activations are kept to a share of what they take, by regions that run chunk by chunk.
+            chunk: a step's activations are kept to a share of what they take, by regions that run chunk by chunk, or as
+                near to it as can be.
             slice: the autoencoder decodes frame by frame where frames are independent, else within a share of what it
-                takes, exactly.
+                takes, or as near to it as can be; exactly either way.
 
         Raises:
             PolicyError: an unknown system, or an impossible interval or branch.
@@ -457,7 +472,7 @@ class Policy(Settings):
         return cls(
             cache=Cache(cut=cut, interval=published.cache.interval if interval is None else interval),
             swap=Swap() if swap else None,
-            chunk=Chunk(budget=published.chunk) if chunk else None,
+            chunk=Chunk(budget=published.chunk, best_effort=True) if chunk else None,
             decode=published.decode if slice else None,
         )
 

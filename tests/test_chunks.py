@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -394,6 +395,59 @@ def transformed_call(policy: Policy) -> Callable[[], Any]:
 def test_a_budget_below_the_floor_names_the_floor_and_its_node() -> None:
     with pytest.raises(BudgetError, match=r"cannot be cut to 1000 B; the least.* KiB.*set by %\w+.*raise the budget"):
         transformed_call(Policy(chunk=Chunk(budget=1000)))()
+
+
+@pytest.mark.parametrize("budget", [1000, "5%"])
+def test_best_effort_takes_what_is_reached_and_says_so(budget: int | str) -> None:
+    model, inputs = FeedForward().eval(), (torch.randn(2, 100, 16),)
+    with pytest.raises(BudgetError):
+        lc.plan(model, inputs, policy=Policy(chunk=Chunk(budget=budget)))
+    plan = lc.plan(model, inputs, policy=Policy(chunk=Chunk(budget=budget, best_effort=True)))
+    (chunk,) = plan.chunks.values()
+    assert chunk.regions
+    assert chunk.fits
+    assert chunk.peak_after < 0.5 * chunk.peak_before
+    (note,) = (note for note in plan.notes if "best effort" in note)
+    assert re.search(
+        r"full: its activations take [\d.]+ KiB, by best effort, not the [\d.]+ K?i?B .*; whole they", note
+    )
+    assert note in str(plan).replace("\n", "")
+    fast = lc.transform(model, plan.policy)
+    with torch.no_grad():
+        assert error((fast(*inputs),), (model(*inputs),)) <= TOLERANCE
+        assert measure_peak(lambda: fast(*inputs)).peak_bytes <= 1.05 * chunk.peak_after
+
+
+def test_a_best_effort_that_is_enough_is_as_without() -> None:
+    model, inputs = FeedForward().eval(), (torch.randn(2, 100, 16),)
+    plans = [
+        lc.plan(model, inputs, policy=Policy(chunk=Chunk(budget="60%", best_effort=effort))) for effort in (True, False)
+    ]
+    assert plans[0].chunks == plans[1].chunks
+    assert plans[0].notes == plans[1].notes
+
+
+def test_best_effort_of_one_thing_excuses_no_other() -> None:
+    """All memory on the device is a limit; within it, chunks come as near to theirs as they can."""
+    model, inputs = FeedForward().eval(), (torch.randn(2, 100, 16),)
+    chunk = Chunk(budget=1000, best_effort=True)
+    plan = lc.plan(model, inputs, policy=Policy(chunk=chunk))
+    floor = plan.weight_bytes + plan.chunks["full"].peak_after
+    within = lc.plan(model, inputs, policy=Policy(chunk=chunk, memory_budget=int(1.2 * floor)))
+    assert within.chunks["full"].peak_after <= 1.2 * floor - within.weight_bytes
+    with pytest.raises(BudgetError):
+        lc.plan(model, inputs, policy=Policy(chunk=chunk, memory_budget=int(0.5 * floor)))
+
+
+def test_best_effort_of_nothing() -> None:
+    for settings_of in (
+        lambda: Chunk(layers=Layers(spatial=2, temporal=2), best_effort=True),
+        lambda: Decode(best_effort=True),
+    ):
+        with pytest.raises(PolicyError, match="best_effort=True is about a budget"):
+            settings_of()
+    policy = Policy(decode=Decode(budget="50%", best_effort=True))
+    assert policy.of_autoencoder("decode").chunk == Chunk(budget="50%", best_effort=True)
 
 
 def test_a_memory_budget_below_the_weights() -> None:
