@@ -44,7 +44,7 @@ from lightcache_fx.quality import compare_videos
 STEPS = 25
 CLIPS = 32
 CALIBRATED_ON = (32, 33, 34)
-TIMED = 4
+TIMED = 8
 INTERVALS = (2, 3, 4, 5, 7)
 SPEEDS = (1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.5)
 VIOLINS = (1.5, 2.0, 2.6)
@@ -61,6 +61,7 @@ class Model:
         cut: what all families but the calibrated one keep.
         first_block: what is looked at before it.
         modulated: the input of the first block, modulated by the time.
+        attention: its spatial, temporal and cross attention.
     """
 
     load: Callable[[], Any]
@@ -68,16 +69,25 @@ class Model:
     cut: int | lc.Residual
     first_block: str
     modulated: str
+    attention: tuple[str, str, str]
 
 
 MODELS: Mapping[str, Model] = {
-    "svd-sprites": Model(sample.load_pipeline, unet_clip, 0, "down_blocks.0", "down_blocks.0.resnets.0"),
+    "svd-sprites": Model(
+        sample.load_pipeline,
+        unet_clip,
+        0,
+        "down_blocks.0",
+        "down_blocks.0.resnets.0",
+        ("**.transformer_blocks.*.attn1", "**.temporal_transformer_blocks.*.attn1", "**.attn2"),
+    ),
     "latte-sprites": Model(
         sample_dit.load_pipeline,
         transformer_clip,
         lc.Residual(first="transformer_blocks.1", last="transformer_blocks.5"),
         "transformer_blocks.0",
         "transformer_blocks.0.norm1",
+        ("transformer_blocks.*.attn1", "temporal_transformer_blocks.*.attn1", "transformer_blocks.*.attn2"),
     ),
 }
 THRESHOLDS = {
@@ -85,10 +95,12 @@ THRESHOLDS = {
     "summed changes": {"svd-sprites": (0.05, 0.1, 0.2, 0.4), "latte-sprites": (0.05, 0.1, 0.2, 0.4)},
     "magnitudes": {"svd-sprites": (0.02, 0.05, 0.1, 0.2), "latte-sprites": (0.02, 0.05, 0.1, 0.2)},
 }
-FAMILIES = ("interval", "taylor 1", "first block", "summed changes", "magnitudes", "calibrated")
+BROADCASTS = ((2, 2, 2), (2, 4, 6), (3, 5, 7), (6, 6, 6))
+"""Intervals of the three kinds of attention; the second are those that PAB was published with (Zhao et al. 2024)."""
+FAMILIES = ("interval", "taylor 1", "first block", "summed changes", "magnitudes", "attention", "calibrated")
 
 
-def ways(name: str, family: str, pipe: Any, log: Callable[[str], None]) -> Iterator[tuple[str, lc.Cache]]:
+def ways(name: str, family: str, pipe: Any, log: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
     """The settings of a family, by what tells them apart."""
     model = MODELS[name]
     match family:
@@ -112,6 +124,13 @@ def ways(name: str, family: str, pipe: Any, log: Callable[[str], None]) -> Itera
             for threshold in THRESHOLDS[family][name]:
                 magnitude = lc.Magnitude(ratios=ratios, threshold=threshold, max_reuse=7, retention=0.1)
                 yield f"{threshold:g}", lc.Cache(cut=model.cut, magnitude=magnitude, num_steps=STEPS)
+        case "attention":
+            for intervals in BROADCASTS:
+                kinds = zip(model.attention, intervals, strict=True)
+                yield (
+                    ", ".join(map(str, intervals)),
+                    [lc.Cache(cut=cut, interval=n, first=2, last=2, num_steps=STEPS) for cut, n in kinds],
+                )
         case _:
             inputs = [lambda pipe, index=index: model.generate(pipe, index, STEPS) for index in CALIBRATED_ON]
             found = lc.calibrate(pipe, inputs, points=12, progress=log)

@@ -3,11 +3,12 @@
 Three kinds of runs, for each candidate cut:
 
 1. A run of full steps. At each step the reuse program runs too, with what each of the steps before it kept, and how far
-   its outputs are from the full step's is noted: what a reuse does to the model's output at that step.
+   its outputs are from the full step's is noted: what a reuse does to the model's output at that step. For values that
+   are extrapolated this is taken times how much nearer a line through two kept values comes to the step's own.
 2. Runs in which one single step is reused: how far the results are from those of full steps, over the first figure,
    is the gain of the sampler from that step to the end.
-3. Dynamic programming over the products of both, for each number of full steps; and the schedules that it finds are run
-   and measured, so that what is promised has been seen.
+3. Dynamic programming over the products of both, for each order and number of full steps; and the schedules that it
+   finds are run and measured, so that what is promised has been seen.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 Frames = NDArray[np.float32]
 Input = str | Mapping[str, Any] | Callable[[Any], Any]
+_Kept = Mapping[str, torch.Tensor]
 
 MAX_REUSE = 7
 POINTS = 8
@@ -70,7 +72,7 @@ def calibrate(
 
     It holds for the model, and for the number of steps of these inputs. All of it is done by generating: once for each
     cut and input, with the reuse program at each step; `probes` times for each cut; and about twice `points` times for
-    each cut, order and input. Speeds are by FLOPs: what caching can gain at most.
+    each cut, order and input, for orders above 0 three times. Speeds are by FLOPs: what caching can gain at most.
 
     Args:
         pipe: a diffusers pipeline that is not transformed.
@@ -120,14 +122,14 @@ def calibrate(
     num_steps = 0
     for cut in _candidates(module) if cuts is None else cuts:
         try:
-            trial = _Trial(pipe, names[0], cut, max_reuse, policy, inputs)
+            trial = _Trial(pipe, names[0], cut, orders, max_reuse, policy, inputs)
         except CutError as error:
             if cuts is not None:
                 raise
             log.info("not tried: %s", error)
             continue
         num_steps = trial.num_steps
-        found += trial.points(orders, points, probes, say)
+        found += trial.points(points, probes, say)
     if not found:
         raise CalibrationError(
             "cuts: none of those that were tried saves anything; name some, as Cache(cut=...) takes them"
@@ -162,15 +164,23 @@ class _Trial:
     """
 
     def __init__(
-        self, pipe: Any, component: str, cut: Cut, max_reuse: int, policy: Policy, inputs: Sequence[Input]
+        self,
+        pipe: Any,
+        component: str,
+        cut: Cut,
+        orders: Sequence[int],
+        max_reuse: int,
+        policy: Policy,
+        inputs: Sequence[Input],
     ) -> None:
+        self._orders = orders
         self._pipe, self._component, self._cut = pipe, component, cut
         self._max_reuse, self._policy, self._inputs = max_reuse, policy, inputs
-        self._errors: dict[tuple[int, int], list[float]] = defaultdict(list)
+        self._errors = _Errors()
         self._by_order: dict[int, Any] = {}
         fast, runtime = self._transformed(0)
         self.plain, lengths = [], []
-        with _observed(runtime, _Recorder(max_reuse, self._errors)):
+        with _observed(runtime, _Recorder(max_reuse, self._errors, extrapolated=max(orders) > 0)):
             for place in range(len(inputs)):
                 self.plain.append(self._generate(fast, place))
                 lengths.append(1 + max(run.step for run in runtime.timeline()))
@@ -190,14 +200,15 @@ class _Trial:
     def _generate(self, pipe: Any, place: int) -> Frames:
         return _frames(_result(pipe, self._inputs[place], place))
 
-    def points(self, orders: Sequence[int], count: int, probes: int, say: Callable[[str], None]) -> list[Point]:
+    def points(self, count: int, probes: int, say: Callable[[str], None]) -> list[Point]:
         """Schedules for each order, tried."""
         if self.plan.reuse_flops() >= self.plan.full_flops:
             return []
-        schedules = self._schedules(self._gains(probes), count)
-        say(f"{_label(self._cut)}: gains measured, {len(schedules)} schedules to try")
+        gains = self._gains(probes)
+        say(f"{_label(self._cut)}: gains measured")
         found: list[Point] = []
-        for order in orders:
+        for order in self._orders:
+            schedules = self._schedules(gains, order, count)
             found += [self._tried(steps, order) for steps in schedules]
             say(f"{_label(self._cut)}, order {order}: {len(schedules)} schedules tried")
         return found
@@ -211,25 +222,29 @@ class _Trial:
         for step in steps:
             with _scheduled(runtime, [other for other in range(self.num_steps) if other != step]):
                 moved = _rms(self._generate(fast, 0) - self.plain[0])
-            logs.append(math.log(max(moved, _TINY) / max(self._error(step - 1, step), _TINY)))
+            logs.append(math.log(max(moved, _TINY) / max(self._errors.of(None, step - 1, step), _TINY)))
         gains = np.exp(np.interp(range(self.num_steps), steps, logs)) if steps else np.ones(self.num_steps)
         return [float(gain) for gain in gains]
 
-    def _error(self, source: int, step: int) -> float:
-        values = self._errors.get((source, step), [])
-        return float(np.mean(values)) if values else math.inf
-
-    def _schedules(self, gains: Sequence[float], count: int) -> list[tuple[int, ...]]:
+    def _schedules(self, gains: Sequence[float], order: int, count: int) -> list[tuple[int, ...]]:
         """The cheapest full steps for evenly spread speeds, and those of uniform intervals."""
-        number = range(self.num_steps)
-        costs = [[gains[j] * self._error(i, j) if i < j else 0.0 for j in number] for i in number]
-        by_count = best_schedules(costs, self._max_reuse)
+        chosen = self._cheapest(gains, count, extrapolated=False)
+        if order:  # neither is right of all: a line through two values doubles their noise
+            chosen += self._cheapest(gains, count, extrapolated=True)
+        uniform = [tuple(range(0, self.num_steps, interval)) for interval in range(2, self._max_reuse + 2)]
+        return list(dict.fromkeys([*chosen, *uniform]))
+
+    def _cheapest(self, gains: Sequence[float], count: int, *, extrapolated: bool) -> list[tuple[int, ...]]:
+        """By the errors of reuse, or of extrapolation by a line."""
+
+        def cost(before: int | None, source: int, step: int) -> float:
+            return gains[step] * self._errors.of(before if extrapolated else None, source, step)
+
+        by_count = best_schedules(cost, self.num_steps, self._max_reuse)
         by_count.pop(self.num_steps, None)
         speeds = {full: self.plan.speedup_of(full, self.num_steps) for full in by_count}
         wanted: Any = np.linspace(min(speeds.values()), max(speeds.values()), count) if speeds else ()
-        chosen = [by_count[min(speeds, key=lambda full: abs(speeds[full] - speed))] for speed in wanted]
-        uniform = [tuple(range(0, self.num_steps, interval)) for interval in range(2, self._max_reuse + 2)]
-        return list(dict.fromkeys([*chosen, *uniform]))
+        return [by_count[min(speeds, key=lambda full: abs(speeds[full] - speed))] for speed in wanted]
 
     def _tried(self, steps: Sequence[int], order: int) -> Point:
         from lightcache_fx.quality import compare_videos
@@ -251,31 +266,83 @@ class _Trial:
         )
 
 
+class _Errors:
+    """What reuse does to the model's output, as a root mean square, by the step that kept and the step that reuses."""
+
+    def __init__(self) -> None:
+        self._reused: dict[tuple[int, int], list[float]] = defaultdict(list)
+        self._extrapolated: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+
+    def of(self, before: int | None, source: int, step: int) -> float:
+        """At `step`, of the value that `source` kept, or of the line through it and that of the full step `before`."""
+        if before is None:
+            values = self._reused.get((source, step), [])
+        else:
+            values = self._extrapolated.get((before, source, step), [])
+        return float(np.mean(values)) if values else math.inf
+
+    def add(self, source: int, step: int, error: float, shares: Mapping[int, float]) -> None:
+        """Take one error of reuse and, by the full step before, what is left of it after extrapolation."""
+        self._reused[source, step].append(error)
+        for before, share in shares.items():
+            self._extrapolated[before, source, step].append(error * share)
+
+
 class _Recorder:
     """Runs the reuse program beside each full step, with what each of the steps before has kept.
 
     Args:
         max_reuse: so many steps before.
-        errors: takes, by the step that kept and the step that reuses, the root mean square of the outputs' difference.
+        errors: takes what it finds.
+        extrapolated: whether lines through two kept values are looked at; they reach back twice as far, and what is
+            only needed for them waits in host memory.
     """
 
-    def __init__(self, max_reuse: int, errors: dict[tuple[int, int], list[float]]) -> None:
-        self._max_reuse = max_reuse
-        self._errors = errors
-        self._kept: dict[int, dict[int, dict[str, torch.Tensor]]] = defaultdict(dict)
+    def __init__(self, max_reuse: int, errors: _Errors, *, extrapolated: bool) -> None:
+        self._max_reuse, self._errors, self._extrapolated = max_reuse, errors, extrapolated
+        self._oldest = 2 * max_reuse + 1 if extrapolated else max_reuse
+        self._kept: dict[int, dict[int, _Kept]] = defaultdict(dict)
 
     def __call__(self, seen: Observed) -> None:
         kept = self._kept[seen.branch]
         if seen.step == 0:
             kept.clear()
-        reuse = seen.compiled.bound["reuse"]
-        for source, slots in kept.items():
+        reuse, now = seen.compiled.bound["reuse"], dict(seen.stores.slots)
+        for source in [step for step in kept if step >= seen.step - self._max_reuse]:
+            slots = kept[source]
             stores = Stores(slots=dict(slots), hoisted=seen.stores.hoisted, weight_copies=seen.stores.weight_copies)
             outputs = reuse(seen.tensors, stores)
             pairs = [pair for pair in zip(outputs, seen.outputs, strict=True) if pair[1].is_floating_point()]
-            self._errors[source, seen.step].append(max(_rms_of(a.double() - b.double()) for a, b in pairs))
-        kept[seen.step] = dict(seen.stores.slots)
-        kept.pop(seen.step - self._max_reuse, None)
+            error = max(_rms_of(a.double() - b.double()) for a, b in pairs)
+            befores = [step for step in kept if source - self._max_reuse - 1 <= step < source]
+            shares = {
+                before: _share_left(kept[before], kept[source], now, (seen.step - source) / (source - before))
+                for before in (befores if self._extrapolated else ())
+            }
+            self._errors.add(source, seen.step, error, shares)
+        kept[seen.step] = now
+        aged = seen.step - self._max_reuse
+        if aged in kept:
+            kept[aged] = {name: value.cpu() for name, value in kept[aged].items()}
+        kept.pop(seen.step - self._oldest, None)
+
+
+def _share_left(older: _Kept, newer: _Kept, now: _Kept, ahead: float) -> float:
+    """How far from `now` the line through two values is, over how far the newer is: of several, the quadratic mean.
+
+    Args:
+        older: what a step kept, by name.
+        newer: what a later one did.
+        now: what one behind both would.
+        ahead: how far `now` is from `newer`, over how far that is from `older`.
+    """
+    shares = []
+    for name, value in now.items():
+        value = value.float()
+        one, other = older[name].to(value), newer[name].to(value)
+        moved = _rms_of(value - other)
+        shares.append(_rms_of(value - other - ahead * (other - one)) / moved if moved else 0.0)
+    return math.sqrt(sum(share**2 for share in shares) / len(shares))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,14 @@ CASE = PIPELINES["sd"]
 # Schedules ------------------------------------------------------------------------------------------------------------
 
 
-def cost_of(costs: list[list[float]], full: tuple[int, ...]) -> float:
+Costs = dict[tuple[int | None, int, int], float]
+
+
+def cost_of(costs: Costs, num_steps: int, full: tuple[int, ...]) -> float:
     total = 0.0
-    for begin, end in itertools.pairwise([*full, len(costs)]):
+    for before, begin, end in zip([None, *full], full, [*full[1:], num_steps], strict=False):
         for step in range(begin + 1, end):
-            total += costs[begin][step]
+            total += costs[before, begin, step]
     return total
 
 
@@ -52,15 +54,20 @@ def test_no_schedule_is_cheaper(data: st.DataObject) -> None:
     num_steps = data.draw(st.integers(1, 8))
     most_reused = data.draw(st.integers(1, 7))
     number = st.floats(0, 100, allow_nan=False)
-    costs = [[data.draw(number) if i < j else math.nan for j in range(num_steps)] for i in range(num_steps)]
-    found = best_schedules(costs, most_reused)
+    costs: Costs = {
+        (before, source, step): data.draw(number)
+        for step in range(num_steps)
+        for source in range(step)
+        for before in [*range(source), None]
+    }
+    found = best_schedules(lambda *steps: costs[steps], num_steps, most_reused)
     for count in range(1, num_steps + 1):
         possible = allowed(num_steps, count, most_reused)
         assert (count in found) == bool(possible)
         if possible:
             assert found[count] in possible
-            least = min(cost_of(costs, full) for full in possible)
-            assert cost_of(costs, found[count]) == pytest.approx(least)
+            least = min(cost_of(costs, num_steps, full) for full in possible)
+            assert cost_of(costs, num_steps, found[count]) == pytest.approx(least)
 
 
 # Calibrating ----------------------------------------------------------------------------------------------------------
