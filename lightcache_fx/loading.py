@@ -164,6 +164,8 @@ def load(
         if record.number != number or record.call.method not in runtimes:
             raise LoadError(f"{file} is signature {record.number} of {record.call.method}: files have been swapped")
         runtimes[record.call.method].add(record, tensors, read, packages)
+    for runtime in runtimes.values():
+        runtime.check_cuts()
     if packages is not None:
         packages.open()
     mixin = module_mixin(type(root), list(runtimes), LoadedModule)
@@ -255,6 +257,15 @@ class LoadedRuntime(Runtime):
             raise LoadError(f"{file}: this signature is there twice, with {plan.branches} calls a step")
         log_programs(plan, programs)
         self._keep(Compiled(signature, plan, programs, bound))
+
+    def check_cuts(self) -> None:
+        """Of all signatures one at least has what the policy keeps: others may skip it.
+
+        Raises:
+            LoadError: none has.
+        """
+        if self.policy.cache is not None and self.compiled and all(m.plan.cut is None for m in self.compiled.values()):
+            raise LoadError(f"{signature_file(0)}: its plan has no cut, unlike the policy, and no other signature has")
 
     def _paths_to_mark(self) -> list[str]:
         return []

@@ -343,8 +343,8 @@ class Policy(Settings):
         point = found.best(quality=self.quality, speedup=self.speedup)
         return self.with_cache(point.cache(found.num_steps))
 
-    def with_cache(self, cache: Cache) -> Policy:
-        """The same, caching by this and by no calibration."""
+    def with_cache(self, cache: Cache | None) -> Policy:
+        """The same, caching by this, if anything, and by no calibration."""
         return self.model_copy(update={**_UNCALIBRATED, "cache": cache})
 
     @property

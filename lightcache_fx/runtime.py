@@ -21,7 +21,7 @@ from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.compiled import Compiled, Signature
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
-from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, TransformError
+from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, CutError, TransformError
 from lightcache_fx.extrapolation import coefficients, coefficients_name
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.guarding import Watch
@@ -271,11 +271,31 @@ class Runtime:
             if found is not None:
                 return found
         captured = capture(self.module, call, mark=self.marked, away=away)
-        signature = Signature(captured, make_plan(captured, self.policy, self.module), self._state)
+        signature = Signature(captured, self._planned(captured), self._state)
         plan = with_memory(captured, signature.plan, takes_turns=self._ledger.is_shared)
         for note in plan.notes:
             log.warning("%s", note)
         return self._compiled(signature, plan)
+
+    def _planned(self, captured: Capture) -> Plan:
+        """The plan for a call; one that skips what other calls keep, as skip-layer guidance does, has every step full.
+
+        Raises:
+            CutError: no call has had the cut yet, so it may be mistaken.
+        """
+        try:
+            return make_plan(captured, self.policy, self.module)
+        except CutError as error:
+            with self._lock:
+                if all(made.plan.cut is None for made in self.compiled.values()):
+                    raise
+            plan = make_plan(captured, self.policy.with_cache(None), self.module)
+            note = (
+                f"every step of these calls of {self.reader.owner} is full: calls with other arguments have what is to"
+                f" be kept, these have not ({error})"
+            )
+            schedule = Schedules.of(self.policy.caches)
+            return replace(plan, policy=self.policy, schedule=schedule, notes=(*plan.notes, note))
 
     def _for_branches(self, compiled: Compiled, position: Position) -> Compiled:
         """The programs for as many guidance branches as a step is now known to have; planned anew where it is news.
@@ -473,7 +493,7 @@ class Runtime:
             tensors = self._guarded(call, compiled, position, tensors)
         branch.stores.handed.clear()
         self.counts[kind] += 1
-        if self.observe is not None and is_full:
+        if self.observe is not None and is_full and compiled.plan.cut is not None:
             branch_place = self._place_of(position, compiled)
             self.observe(Observed(compiled, branch.stores, branch_place, position.step, call.tensors, tensors))
         return tensors

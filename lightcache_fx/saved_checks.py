@@ -59,11 +59,11 @@ def check_programs(
     learns = layout.is_repeated and plan.policy.memory_budget is not None
     if plan.branches < least or (plan.branches > least and not learns):
         raise LoadError(f"{file}: its plan is for {plan.branches} calls a step, unlike the policy's {least}")
-    if (plan.cut is None) != (plan.policy.cache is None):
-        raise LoadError(f"{file}: its plan has {'no' if plan.cut is None else 'a'} cut, unlike the policy")
+    if plan.cut is not None and plan.policy.cache is None:
+        raise LoadError(f"{file}: its plan has a cut, unlike the policy")
     if plan.cut is not None and {slot.cache for slot in plan.slots} != set(range(len(plan.policy.caches))):
         raise LoadError(f"{file}: its plan keeps things for other caches than the policy has")
-    if (probe is None) != (plan.policy.adaptive is None):
+    if (probe is None) != (plan.policy.adaptive is None or plan.cut is None):
         raise LoadError(f"{file}: its plan has {'no' if probe is None else 'a'} probe, unlike the policy")
     expected = {*plan.programs, *(["prologue"] if hoisted else []), *(["probe"] if probe is not None else [])}
     if set(programs) != expected:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,6 +19,7 @@ from transformers import CLIPTextModelWithProjection
 
 import lightcache_fx as lc
 from benchmarks.common import randomize
+from lightcache_fx.errors import CutError
 from oracle import HookOracle, assert_bitwise, plain_step, scheduled, tensors
 from pipelines import image_vae, text_parts
 from zoo import ZOO
@@ -226,6 +231,44 @@ def test_a_branch_that_sat_out_steps_comes_back_full(marked: bool) -> None:
     assert (2, False) in branches.skipping or (3, False) in branches.skipping
     with lc.marked_run() if marked else nullcontext():
         assert_bitwise(_run(fast, steps), expected)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "by_timestep"])
+def test_a_branch_without_what_others_keep_is_full(
+    marked: bool, order: int, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The cut is in the layer that guidance skips: the other branch is cached as ever, this one computed."""
+    model, cut = _small_transformer(), "transformer_blocks.0.attn"
+    steps = [False, True, True, False, True, True, True]
+    fast = lc.transform(model, lc.Policy(cache=lc.Cache(cut=cut, interval=INTERVAL, order=order)))
+    alone = lc.transform(copy.deepcopy(model), lc.Policy(cache=lc.Cache(cut=cut, interval=INTERVAL, order=order)))
+    with lc.marked_run() if marked else nullcontext():
+        cached = iter(_run(alone, [False] * len(steps)))
+    plain = _run(model, steps)
+    places = [skips for step in steps for skips in ((False, True) if step else (False,))]
+    expected = [plain[place] if skips else next(cached) for place, skips in enumerate(places)]
+    assert not all(map(torch.equal, expected, plain))
+
+    def ran(which: nn.Module) -> list[torch.Tensor]:
+        with lc.marked_run() if marked else nullcontext():
+            return _run(which, steps)
+
+    for run in range(2):
+        assert_bitwise(ran(fast), expected, f"run {run}")
+    (note,) = {record.getMessage() for record in caplog.records if "every step of these calls" in record.getMessage()}
+    assert re.search(r"SD3Transformer2DModel is full.*'transformer_blocks\.0\.attn'", note)
+    ran_in = Counter((run.branch, run.program) for run in lc.inspect(fast).timeline if run.program != "prologue")
+    assert ran_in[0, "reuse"] == len(steps) // INTERVAL
+    lc.save(fast, tmp_path / "saved")
+    assert_bitwise(ran(lc.load(tmp_path / "saved")), expected, "loaded")
+
+
+def test_a_cut_that_no_call_has_had_is_refused() -> None:
+    fast = lc.transform(_small_transformer(), lc.Policy(cache=lc.Cache(cut="transformer_blocks.0.attn", interval=2)))
+    with pytest.raises(CutError, match=r"transformer_blocks\.0\.attn"):
+        fast(torch.randn(1, 4, 4, 4), torch.randn(1, 5, 16), torch.randn(1, 16), torch.tensor([900.0]), skip_layers=[0])
+    assert not torch.equal(*_run(fast, [False, False]))  # and the next call is as if that had not been
 
 
 def _run(model: nn.Module, steps: Sequence[bool]) -> list[torch.Tensor]:
