@@ -1,11 +1,14 @@
 """Ways to decide what is reused, beside each other: quality and measured speed on the trained small models.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.methods               # both models, about an hour on one core
+    OMP_NUM_THREADS=1 python -m benchmarks.methods               # all models, about an hour on one core
     python -m benchmarks.methods svd-sprites --clips 4 --families interval calibrated
 
 Quality is over held-out clips, against the same clip with every step in full; the speed of the whole pipeline is that
 of some of them, each beside the plain one. Calibrations and magnitudes come of other clips. What is done already is not
 done again: results/methods.json is written behind each family, and is kept where settings and code are the same.
+
+`sd-random` is a picture U-Net shaped like Stable Diffusion's with random weights: what its pictures lose says nothing
+of trained ones, but steps that decide can be held against intervals of as many FLOPs there as well.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ from benchmarks.common import (
 )
 from benchmarks.figures.style import FOLDER, written
 from benchmarks.schedulers import transformer_clip, unet_clip
+from examples import random_pipelines
+from examples.random_pipelines import Scale
 from examples.small_model import sample, sample_dit
 from lightcache_fx.cli.stages import denoiser_of
 from lightcache_fx.quality import compare_videos
@@ -61,7 +66,8 @@ class Model:
         cut: what all families but the calibrated one keep.
         first_block: what is looked at before it.
         modulated: the input of the first block, modulated by the time.
-        attention: its spatial, temporal and cross attention.
+        attention: its spatial, temporal and cross attention; of pictures, self and cross attention.
+        trained: whether its pictures are any.
     """
 
     load: Callable[[], Any]
@@ -69,7 +75,34 @@ class Model:
     cut: int | lc.Residual
     first_block: str
     modulated: str
-    attention: tuple[str, str, str]
+    attention: tuple[str, ...]
+    trained: bool = True
+
+
+PICTURES = Scale(widths=(32, 64, 64), layers=1, vae_width=16)
+
+
+def picture(pipe: Any, index: int, steps: int) -> Any:
+    """A picture by its seed: uint8 (1, 128, 128, 3)."""
+    made = pipe(
+        f"a box, {index}",
+        height=128,
+        width=128,
+        num_inference_steps=steps,
+        guidance_scale=7.5,
+        generator=torch.Generator().manual_seed(index),
+        output_type="np",
+    )
+    return np.clip(np.rint(255 * made.images), 0, 255).astype(np.uint8)
+
+
+def load_pictures() -> Any:
+    """The pipeline of `sd-random`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = random_pipelines.stable_diffusion(PICTURES)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 MODELS: Mapping[str, Model] = {
@@ -89,11 +122,22 @@ MODELS: Mapping[str, Model] = {
         "transformer_blocks.0.norm1",
         ("transformer_blocks.*.attn1", "temporal_transformer_blocks.*.attn1", "transformer_blocks.*.attn2"),
     ),
+    "sd-random": Model(
+        load_pictures, picture, 0, "down_blocks.0", "down_blocks.0.resnets.0", ("**.attn1", "**.attn2"), trained=False
+    ),
 }
 THRESHOLDS = {
-    "first block": {"svd-sprites": (0.05, 0.1, 0.2, 0.4), "latte-sprites": (0.1, 0.2, 0.35, 0.6)},
-    "summed changes": {"svd-sprites": (0.05, 0.1, 0.2, 0.4), "latte-sprites": (0.05, 0.1, 0.2, 0.4)},
-    "magnitudes": {"svd-sprites": (0.02, 0.05, 0.1, 0.2), "latte-sprites": (0.02, 0.05, 0.1, 0.2)},
+    "first block": {
+        "svd-sprites": (0.05, 0.1, 0.2, 0.4),
+        "latte-sprites": (0.1, 0.2, 0.35, 0.6),
+        "sd-random": (0.15, 0.2, 0.4, 0.8),
+    },
+    "summed changes": {
+        "svd-sprites": (0.05, 0.1, 0.2, 0.4),
+        "latte-sprites": (0.05, 0.1, 0.2, 0.4),
+        "sd-random": (0.15, 0.2, 0.4, 0.8),
+    },
+    "magnitudes": dict.fromkeys(("svd-sprites", "latte-sprites", "sd-random"), (0.02, 0.05, 0.1, 0.2)),
 }
 BROADCASTS = ((2, 2, 2), (2, 4, 6), (3, 5, 7), (6, 6, 6))
 """Intervals of the three kinds of attention; the second are those that PAB was published with (Zhao et al. 2024)."""
@@ -126,7 +170,7 @@ def ways(name: str, family: str, pipe: Any, log: Callable[[str], None]) -> Itera
                 yield f"{threshold:g}", lc.Cache(cut=model.cut, magnitude=magnitude, num_steps=STEPS)
         case "attention":
             for intervals in BROADCASTS:
-                kinds = zip(model.attention, intervals, strict=True)
+                kinds = zip(model.attention, intervals, strict=False)
                 yield (
                     ", ".join(map(str, intervals)),
                     [lc.Cache(cut=cut, interval=n, first=2, last=2, num_steps=STEPS) for cut, n in kinds],
@@ -184,6 +228,7 @@ def measure(
         ]
         scores = [compare_videos(*pair, measures=("psnr", "ssim")) for pair in zip(plain, videos, strict=True)]
         report = lc.inspect(denoiser_of(fast))
+        plain_flops = (clips + timed) * STEPS * _branches(report) * report.plan.full_flops
         speed = pairwise_ratio([one for one, _ in pairs], [other for _, other in pairs])
         known[key] = {
             "model": name,
@@ -191,6 +236,7 @@ def measure(
             "setting": setting,
             "speedup": speed.as_dict(),
             "full_steps": report.counts["full"] / (clips + timed) / _branches(report),
+            "flops": sum(report.programs[ran].flops * n for ran, n in report.counts.items()) / plain_flops,
             "psnr": [None if score.identical else float(score.psnr.mean) for score in scores],
             "ssim": [1.0 if score.identical else float(score.ssim.mean) for score in scores],
         }
@@ -207,11 +253,15 @@ def median_psnr(row: Mapping[str, Any]) -> float:
 
 
 def goals(rows: Mapping[str, Any]) -> list[Goal]:
-    """The calibrated curve, read between its points, is on or above each other way of 1.3 to 3 times the speed."""
+    """What the curves, read between their points, are to show.
+
+    Of trained models the calibrated one is on or above each other of 1.3 to 3 times the speed. Of U-Nets, steps that
+    decide lose less than intervals of as many FLOPs.
+    """
     found = []
-    for name in MODELS:
+    for name, model in MODELS.items():
         curve = sorted((r["speedup"]["median"], median_psnr(r)) for r in rows.values() if is_of(r, name, "calibrated"))
-        for family in FAMILIES[:-1]:
+        for family in FAMILIES[:-1] if model.trained else ():
             leads = [
                 float(np.interp(x, *zip(*curve, strict=True))) - median_psnr(row)
                 for row in rows.values()
@@ -219,7 +269,24 @@ def goals(rows: Mapping[str, Any]) -> list[Goal]:
             ]
             if leads:
                 found.append(Goal(f"{name}: calibrated over {family}, least lead in dB", min(leads), "at least", 0))
+        if isinstance(model.cut, int):
+            found += _goals_of_deciding(rows, name)
     return found
+
+
+def _goals_of_deciding(rows: Mapping[str, Any], name: str) -> Iterator[Goal]:
+    """By how much steps that decide lead intervals of as many FLOPs, in dB, at the least and in the middle."""
+    curve = sorted((r["flops"], median_psnr(r)) for r in rows.values() if is_of(r, name, "interval") and "flops" in r)
+    for family in ("first block", "summed changes"):
+        leads = [
+            median_psnr(row) - float(np.interp(row["flops"], *zip(*curve, strict=True)))
+            for row in rows.values()
+            if is_of(row, name, family) and curve and curve[0][0] <= row.get("flops", 0) <= curve[-1][0]
+        ]
+        if leads:
+            label = f"{name}: {family} over interval at equal FLOPs"
+            yield Goal(f"{label}, least lead in dB", min(leads), "at least", 0)
+            yield Goal(f"{label}, median lead in dB", float(np.median(leads)), "at least", 0)
 
 
 def is_of(row: Mapping[str, Any], name: str, family: str) -> bool:
@@ -238,13 +305,15 @@ def table(rows: Mapping[str, Any], name: str) -> tuple[Sequence[str], list[list[
             row["setting"],
             f"{row['speedup']['median']:.2f}x ({row['speedup']['min']:.2f} to {row['speedup']['max']:.2f})",
             f"{row['full_steps']:.1f}",
+            f"{row['flops']:.0%}" if "flops" in row else "",
             f"{median_psnr(row):.1f}",
             f"{np.median(row['ssim']):.4f}",
         ]
         for row in rows.values()
         if row["model"] == name
     ]
-    return ("family", "setting", "faster than plain", f"full of {STEPS} steps", "PSNR, dB", "SSIM"), cells
+    columns = ("family", "setting", "faster than plain", f"full of {STEPS} steps", "FLOPs of plain", "PSNR, dB", "SSIM")
+    return columns, cells
 
 
 def draw(rows: Mapping[str, Any], folder: Path = FOLDER) -> None:

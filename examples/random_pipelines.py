@@ -168,6 +168,23 @@ def stable_video_diffusion(scale: Scale) -> Any:
     )
 
 
+def stable_diffusion(scale: Scale) -> Any:
+    """A small picture model shaped like Stable Diffusion 1.5: DDIM, scaled linear betas. There is no published size."""
+    assert scale.widths is not None
+    unet = {
+        **_levels(scale, "2D"), "sample_size": 16, "cross_attention_dim": CONTEXT, "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return diffusers.StableDiffusionPipeline(
+        **clip_text(scale, presets.CLIP_TEXT_L, CONTEXT), vae=_image_vae(scale),
+        unet=scale.make(diffusers.UNet2DConditionModel, unet),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+
+
 def _motion_pipeline(scale: Scale, scheduler: Any) -> Any:
     unet = {} if scale.widths is None else {
         **_levels(scale, "Motion"), "sample_size": 16, "cross_attention_dim": CONTEXT, "num_attention_heads": 4,

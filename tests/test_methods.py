@@ -31,6 +31,27 @@ def test_goals_by_hand() -> None:
     assert len(found) == 2
 
 
+def test_goals_of_deciding_by_hand() -> None:
+    """At half of the FLOPs the intervals are at 35 dB; a row of fewer or more FLOPs than they have is not compared."""
+    rows = [row("interval", 2.0, 40.0) | {"flops": 0.6}, row("interval", 3.0, 30.0) | {"flops": 0.4}]
+    rows += [row("first block", 1.0, psnr) | {"flops": flops} for psnr, flops in ((36, 0.5), (42, 0.6), (90, 0.7))]
+    rows += [row("summed changes", 1.0, 34.0) | {"flops": 0.5}]
+    found = {goal.name: goal for goal in methods.goals({str(number): one for number, one in enumerate(rows)})}
+    label = "svd-sprites: {} over interval at equal FLOPs, {} lead in dB"
+    assert found[label.format("first block", "least")].value == pytest.approx(1)
+    assert found[label.format("first block", "median")].value == pytest.approx(1.5)
+    assert not found[label.format("summed changes", "least")].met
+    assert len(found) == 4
+
+
+def test_a_picture_model_of_random_weights() -> None:
+    pipe = methods.load_pictures()
+    (one,), (same,), (other,) = (methods.picture(pipe, index, 2) for index in (0, 0, 1))
+    assert one.shape == (128, 128, 3)
+    assert (one == same).all()
+    assert (one != other).any()
+
+
 @pytest.mark.slow
 def test_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "STEPS", 4)
