@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -22,8 +22,16 @@ from lightcache_fx.policy import Chunk, Swap
 from lightcache_fx.program import modules_of, whole_graphs
 from lightcache_fx.simulator import simulate
 from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
-from lightcache_fx.swap_transfers import leaving_after_use, places_of_slots, taken_at_begin, transfers_of, when_needed
+from lightcache_fx.swap_transfers import (
+    leaving_after_use,
+    none_dropped,
+    places_of_slots,
+    taken_at_begin,
+    transfers_of,
+    when_needed,
+)
 from lightcache_fx.swapping import (
+    HistoryReads,
     SwapSchedule,
     behind_probe,
     fixed_inputs,
@@ -153,7 +161,7 @@ def _out_of_reach(
         plan = with_chunks(capture, plan, {}.fromkeys(whole_graphs(capture, plan), reached).get, cuda=cuda)
     except BudgetError as error:
         log.debug("the floor is that of whole activations: %s", error)
-    workload = _period(capture, plan, swap, cuda, hardware).cycle
+    workload = _period(capture, plan, swap, cuda, hardware, history_away=_may_leave(plan, swap)).cycle
     floor, index = floor_of(workload)
     op = workload.ops[index]
     return BudgetError(
@@ -213,13 +221,13 @@ def with_swaps(
     Raises:
         BudgetError: the budget is below what the most demanding call needs.
     """
-    period = _period(capture, plan, swap, cuda, hardware)
+    period, found = _planned_period(capture, plan, swap, budget, cuda, hardware)
     cycle, link = period.cycle, period.hardware.link
-    budget = _swap_budget(swap, period) if budget is None else budget
-    found = _planned(plan.model, cycle, budget, link)
     residence = found.residence
     if not cycle.cyclic and (takes_turns or residence.stays):
         residence = leaving_after_use(residence, cycle)
+    if plan.highest_order:
+        residence = none_dropped(residence, cycle)
     if not swap.prefetch:
         residence = when_needed(residence, cycle)
     if residence != found.residence:
@@ -230,6 +238,9 @@ def with_swaps(
     transfers = transfers_of(found.residence, cycle, period.branches)
     if not cycle.cyclic and swap.prefetch:
         transfers = tuple(taken_at_begin(of_call, cycle) for of_call in transfers)
+    if period.history:
+        read = [period.history[name].stays if name in period.history else () for name in period.names]
+        transfers = tuple(replace(t, stays=(*t.stays, *more)) for t, more in zip(transfers, read, strict=True))
     tier: Tier = swap.to or ("host" if period.on_cuda else "disk")
     whole = cycle.seconds if whole_seconds is None else whole_seconds
     schedule = SwapSchedule(
@@ -245,9 +256,45 @@ def with_swaps(
         period.branches,
         keeps_residents,
         period.prologue,
+        bool(period.history),
     )
     notes = plan.notes if schedule.warning is None else (*plan.notes, schedule.warning)
     return replace(plan, swap=schedule, notes=notes)
+
+
+def _planned_period(
+    capture: Capture, plan: Plan, swap: Swap, budget: int | None, cuda: bool | None, hardware: Hardware | None
+) -> tuple[_Period, SwapPlan]:
+    """A period and its plan: older values of slots are away where the budget, or the least at no time, wants that."""
+    resident = _period(capture, plan, swap, cuda, hardware)
+    link = resident.hardware.link
+    if not _may_leave(plan, swap):
+        return resident, _planned(plan.model, resident.cycle, _budget_of(swap, resident, budget), link)
+    away = _period(capture, plan, swap, cuda, resident.hardware, history_away=True)
+    if budget is None and swap.budget is None:
+        least = min(_swap_budget(swap, away), _swap_budget(swap, resident))
+        moved = _planned(plan.model, away.cycle, _swap_budget(swap, away), link)
+        if least == _swap_budget(swap, away) and moved.simulation.seconds <= _NO_TIME * resident.cycle.seconds:
+            return away, moved
+        return resident, _planned(plan.model, resident.cycle, _swap_budget(swap, resident), link)
+    asked = _budget_of(swap, resident, budget)
+    try:
+        kept = _planned(plan.model, resident.cycle, asked, link)
+    except BudgetError:
+        return away, _planned(plan.model, away.cycle, asked, link)
+    if kept.slowdown <= _NO_TIME - 1:
+        return resident, kept
+    moved = _planned(plan.model, away.cycle, asked, link)
+    return min((resident, kept), (away, moved), key=lambda pair: pair[1].simulation.seconds)
+
+
+def _may_leave(plan: Plan, swap: Swap) -> bool:
+    """Whether there are older values of slots that may be away."""
+    return plan.history_bytes > 0 and _moves_features(plan, swap)
+
+
+def _budget_of(swap: Swap, period: _Period, budget: int | None) -> int:
+    return _swap_budget(swap, period) if budget is None else budget
 
 
 def _prologue_transfers(model: str, period: _Period, found: SwapPlan) -> tuple[Transfers, bool]:
@@ -297,6 +344,7 @@ class _Period:
     hardware: Hardware
     on_cuda: bool
     branches: int
+    history: Mapping[str, HistoryReads] = field(default_factory=dict)
 
     @property
     def workloads(self) -> list[Workload]:
@@ -316,7 +364,15 @@ class _Period:
         return sum(movables.values()) + max(op.live_bytes for workload in self.workloads for op in workload.ops)
 
 
-def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardware: Hardware | None) -> _Period:
+def _period(
+    capture: Capture,
+    plan: Plan,
+    swap: Swap,
+    cuda: bool | None,
+    hardware: Hardware | None,
+    *,
+    history_away: bool = False,
+) -> _Period:
     graphs = {}
     for name, graph in whole_graphs(capture, plan).items():
         whole = fx.GraphModule(modules_of(capture, graph), graph)
@@ -324,12 +380,18 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     on_cuda = timeline(graphs["full"], cuda=cuda).cuda
     hardware = hardware or hardware_of(graphs["full"], cuda=on_cuda, folder=swap.folder)
     least, fixed = least_movable(plan.weight_bytes), set[str]()
-    features = swap.features and len(plan.schedule.each) < 2  # slots that steps make anew one by one stay
+    features = _moves_features(plan, swap)
     for graph in graphs.values():
         fixed |= fixed_inputs(graph, least=least, weights=swap.weights, features=features)
     if "probe" in graphs:  # which runs before it is known what comes
         fixed |= {input_of(n).name for n in placeholders(graphs["probe"]) if _is_weight(n)}
     programs = {name: priced(name, graph, hardware.machine, fixed, cuda=cuda) for name, graph in graphs.items()}
+    history: dict[str, HistoryReads] = {}
+    if history_away:
+        rounding = timeline(graphs["full"], cuda=cuda).rounding
+        reads = {name: HistoryReads.of(graphs[name], rounding) for name in plan.programs}
+        history = {name: read for name, read in reads.items() if read.stays}
+        programs |= {name: read.beside(programs[name], hardware.link) for name, read in history.items()}
     weights = {
         input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
     }
@@ -339,6 +401,7 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     repeated = capture.layout.is_repeated
     branches = plan.branches
     held = plan.always_bytes + sum(size for name, size in weights.items() if name not in movable)
+    held -= branches * plan.history_bytes if history_away else 0
     held += branches * sum(slot.num_bytes for slot in plan.slots if slot.name in fixed)
     for name in plan.programs:  # while it makes what it keeps, the device does not have that already
         programs[name] = without(programs[name], sum(s.num_bytes for s in plan.made_by(name) if s.name in fixed))
@@ -346,7 +409,12 @@ def _period(capture: Capture, plan: Plan, swap: Swap, cuda: bool | None, hardwar
     cycle = workload_of([programs[name] for name in steps], held, cyclic=repeated, branches=branches)
     names = tuple(name for name in steps for _ in range(branches))
     prologue = workload_of([programs["prologue"]], held, cyclic=False) if "prologue" in programs else None
-    return _Period(names, cycle, prologue, hardware, on_cuda, branches)
+    return _Period(names, cycle, prologue, hardware, on_cuda, branches, history)
+
+
+def _moves_features(plan: Plan, swap: Swap) -> bool:
+    """Whether slots may leave the device; those that steps make anew one by one stay."""
+    return swap.features and len(plan.schedule.each) < 2
 
 
 def _planned(model: str, workload: Workload, budget: int, link: Link) -> SwapPlan:

@@ -287,6 +287,8 @@ def _swap_table(swap: SwapSchedule) -> Table:
     table.add_row("on the device", f"{format_bytes(plan.peak_bytes)} at most, within {format_bytes(plan.budget)}")
     table.add_row("the least possible", f"{format_bytes(plan.floor_bytes)}, set by %{ops[plan.floor_op].name}")
     table.add_row("stay there", f"{resident} of the {movable} that can be away")
+    if swap.history_away:
+        table.add_row("older values", "away, but where they are read")
     copied = f"{format_bytes(steady.to_device_bytes)} there, {format_bytes(steady.from_device_bytes)} back"
     table.add_row("copied", f"{copied}; {link.to_device / 1e9:.1f} and {link.from_device / 1e9:.1f} GB/s")
     waited, hidden = f"{1e3 * steady.stalled_seconds:.1f} ms waiting ({plan.slowdown:.1%})", plan.simulation.hidden

@@ -328,6 +328,7 @@ class BoundProgram:
         named = zip(nodes, program.inputs, strict=True)
         self.user_inputs = [index[i.name] for node, i in named if i.kind == "user" and not is_only_measured(node)]
         self.fetched = {stay.name for stay in program.transfers.stays if stay.kind == "weight"}
+        self._history = {stay.name for stay in program.transfers.stays if stay.kind == "history"}
         self._of_others = {stay.name: stay for stay in program.transfers.stays if stay.branch is not None}
         self._ahead = {s.name: s.ahead for s in program.transfers.stays if s.is_for_later and s.kind != "next"}
         self._sent_away = {slot.name for slot in program.transfers.made if slot.release is not None}
@@ -520,6 +521,8 @@ class BoundProgram:
 
     def _copy(self, name: str, like: torch.Tensor, stores: Stores) -> torch.Tensor:
         """The device's copy of a weight or slot, handed over or begun now; nobody else holds it afterwards."""
+        if name in self._history:
+            return stores.copy_of_older(*slot_and_age(name), like)
         if name not in self.fetched:
             copy, source = stores.slot_copies.take(name, SLOT), stores.slots.get(name)
         else:
@@ -554,7 +557,7 @@ def _state(kind: str, key: str, like: torch.Tensor, stores: Stores, moment: Mome
         case "slot":
             return stores.slot_on_device(key, like.device)
         case "history":
-            return stores.older(*slot_and_age(key), like.device)
+            return stores.older(*slot_and_age(key), like)
         case "coefficients":
             return as_tensor(moment.coefficients[key], like.device)
         case "handed":

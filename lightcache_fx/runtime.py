@@ -501,12 +501,13 @@ class Runtime:
     def _make_room(self, compiled: Compiled, kind: str, position: Position) -> None:
         """What a program is to make leaves the stores, or becomes history."""
         plan, in_place = compiled.plan, compiled.bound["full"].slot_buffers is not None
+        away = plan.swap is not None and plan.swap.history_away
         made: dict[int, list[str]] = {}
         for slot in plan.made_by(kind):
             made.setdefault(slot.cache, []).append(slot.name)
         for cache, slots in made.items():
             position.branch.stores.make_room(
-                slots, plan.order_of(cache), position.step, self.homes.device, cache=cache, copy=in_place
+                slots, plan.order_of(cache), position.step, self.homes.device, cache=cache, copy=in_place, away=away
             )
 
     def _guarded(

@@ -89,7 +89,8 @@ class Stores:
         hoisted: values computed once a generation.
         weight_copies: the device's copies of weights that are kept elsewhere.
         slot_copies: the device's copies of slots, or slots that never leave it between two programs.
-        history: by slot, the values that it had at full steps before, newest first; on the device.
+        history: by slot, the values that it had at full steps before, newest first; all of them on the device, or where
+            slots are kept.
         full_steps: by cache, the indices of the steps that its slots and their history are of, newest first.
         handed: values that the step's probe hands over.
         change: of the indicator, as the step's probe measured it; 0-dimensional.
@@ -128,6 +129,18 @@ class Stores:
             self.put_slot(name, WAIT(copy), at_home=False)
         return self.slots[name]
 
+    def _slot_at_home(self, name: str) -> torch.Tensor:
+        """A slot where slots are kept; sent there, where it is not yet."""
+        if name not in self.at_home:
+            value = self.slot_copies.take(name, SLOT)
+            self._send_home(name, WAIT(self.slots[name] if value is None else value))
+        return self.slots[name]
+
+    def _send_home(self, name: str, value: torch.Tensor) -> None:
+        assert self.buffer is not None
+        leaving = OFFLOAD(value, self.buffer(value.numel() * value.element_size()), name)
+        self.put_slot(name, RELEASE(leaving, value), at_home=True)
+
     def arrange(self, name: str, place: SlotPlace) -> None:
         """Bring a slot to where a plan has it, if it is elsewhere because it was made by another plan's program.
 
@@ -147,9 +160,7 @@ class Stores:
             self.put_slot(name, WAIT(value), at_home=False)
             return
         if name not in self.at_home and (place.is_sent_away or not place.is_present):
-            assert self.buffer is not None
-            leaving = OFFLOAD(value, self.buffer(value.numel() * value.element_size()), name)
-            self.put_slot(name, RELEASE(leaving, value), at_home=True)
+            self._send_home(name, value)
         if place.is_present:
             self.slot_copies.put(name, value, SLOT)
         else:
@@ -163,7 +174,15 @@ class Stores:
         return sum(slot.untyped_storage().nbytes() for slot in (*{**passed_on, **self.slots}.values(), *older))
 
     def make_room(
-        self, slots: Iterable[str], order: int, step: int, device: torch.device, *, cache: int = 0, copy: bool = False
+        self,
+        slots: Iterable[str],
+        order: int,
+        step: int,
+        device: torch.device,
+        *,
+        cache: int = 0,
+        copy: bool = False,
+        away: bool = False,
     ) -> None:
         """Make room for the slots that a step makes: they become the newest of their history, of which `order` stay.
 
@@ -174,14 +193,22 @@ class Stores:
             device: where history is.
             cache: its place in the policy.
             copy: whether the step writes slots to where they are now.
+            away: whether history is where slots are kept instead.
+
+        Raises:
+            SwapError: there is no room there.
         """
         self.full_steps[cache] = (step, *self.full_steps.get(cache, ()))[: order + 1]
         for name in slots:
             if order and name in self:
                 older = self.history.get(name, [])
                 del older[order - 1 :]  # before a slot that is away comes back
-                value = self.slot_on_device(name, device)
-                self.history[name] = [value.clone() if copy else value, *older]
+                if away:
+                    value = self._slot_at_home(name)
+                else:
+                    value = self.slot_on_device(name, device)
+                    value = value.clone() if copy else value
+                self.history[name] = [value, *older]
             self.slots.pop(name, None)
             self.at_home.discard(name)
             self.slot_copies.drop_one(name)
@@ -194,11 +221,25 @@ class Stores:
 
     def indicator_like(self, like: torch.Tensor) -> torch.Tensor:
         """What a probe compares with; zeros before there is anything, when what it finds is not looked at."""
-        return (
-            torch.zeros(like.shape, dtype=like.dtype, device=like.device) if self.indicator is None else self.indicator
-        )
+        return _zeros(like) if self.indicator is None else self.indicator
 
-    def older(self, slot: str, age: int, device: torch.device) -> torch.Tensor:
-        """The value that a slot had so many full steps before; the oldest one known where there were not so many."""
-        values = self.history.get(slot, [])[:age]
-        return values[-1] if values else self.slot_on_device(slot, device)
+    def older(self, slot: str, age: int, like: torch.Tensor) -> torch.Tensor:
+        """A slot's value of so many full steps before, on the device; zeros, which are weighed by 0, without one."""
+        value = self._older(slot, age)
+        if value is None:
+            return _zeros(like)
+        return value if value.device == like.device else WAIT(PREFETCH(value, like.device, slot))
+
+    def copy_of_older(self, slot: str, age: int, like: torch.Tensor) -> torch.Tensor:
+        """The same, to be waited for: a copy that has been begun."""
+        value = self._older(slot, age)
+        return _zeros(like) if value is None else PREFETCH(value, like.device, slot)
+
+    def _older(self, slot: str, age: int) -> torch.Tensor | None:
+        values = self.history.get(slot, [])
+        return values[age - 1] if age <= len(values) else None
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros like a (fake) tensor."""
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)

@@ -127,6 +127,16 @@ def taken_at_begin(transfers: Transfers, workload: Workload) -> Transfers:
     )
 
 
+def none_dropped(residence: Residence, workload: Workload) -> Residence:
+    """The same, but every slot that leaves the device has a copy at home: the next full step makes history of it."""
+    movables = workload.movables
+    stays = [
+        replace(stay, offloaded=True) if stay.made and movables[stay.name].kind == "slot" else stay
+        for stay in residence.stays
+    ]
+    return Residence(residence.resident, tuple(stays))
+
+
 def when_needed(residence: Residence, workload: Workload) -> Residence:
     """The same, but every copy to the device is begun just before the call that needs it."""
     period = len(workload.ops)

@@ -29,12 +29,12 @@ from lightcache_fx.graphs import (
 from lightcache_fx.hardware import Hardware
 from lightcache_fx.homes import Tier
 from lightcache_fx.liveness import timeline
-from lightcache_fx.passes.insert_transfers import Transfers
+from lightcache_fx.passes.insert_transfers import LocalStay, Transfers
 from lightcache_fx.stores import SlotPlace
 from lightcache_fx.swap_planner import SwapPlan
 from lightcache_fx.swap_transfers import places_of_slots
 from lightcache_fx.units import format_bytes
-from lightcache_fx.workload import Movable, Op, Step, Workload
+from lightcache_fx.workload import Link, Movable, Op, Step, Workload
 
 SMALLEST = 2**14
 """Weights of fewer bytes stay on the device: a copy's latency costs more than their room is worth."""
@@ -77,6 +77,7 @@ class SwapSchedule:
         branches: how many calls a denoising step has, one for each branch of guidance.
         keeps_residents: whether weights that stay on the device do so while the prologue runs.
         once: what the prologue was planned for, where there is one.
+        history_away: whether older values of slots are away but in the calls that read them.
     """
 
     names: tuple[str, ...]
@@ -91,6 +92,7 @@ class SwapSchedule:
     branches: int = 1
     keeps_residents: bool = True
     once: Workload | None = None
+    history_away: bool = False
 
     @cached_property
     def found_at_begin(self) -> Mapping[str, int]:
@@ -272,6 +274,46 @@ def behind_probe(program: PricedProgram, probe: PricedProgram) -> PricedProgram:
 def without(program: PricedProgram, num_bytes: int) -> PricedProgram:
     """A program beside which so many bytes less are on the device than are said to be there all the time."""
     return replace(program, ops=tuple(replace(op, live_bytes=op.live_bytes - num_bytes) for op in program.ops))
+
+
+@dataclass(frozen=True)
+class HistoryReads:
+    """The older values of slots that a program reads: their copies are begun as it begins, and gone behind the reads.
+
+    Attributes:
+        stays: one for each.
+        sizes: their bytes on the device, in the same order.
+    """
+
+    stays: tuple[LocalStay, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, rounding: int) -> HistoryReads:
+        """Those of a program without transfers."""
+        stays, sizes = [], []
+        for source in placeholders(graph):
+            given = input_of(source)
+            if given.kind == "history":
+                users = [node for node in calls(graph) if node is not source and alias_root(node) is not source]
+                reads = [node.name for node in users if any(alias_root(n) is source for n in node.all_input_nodes)]
+                stays.append(LocalStay(given.name, "history", None, tuple(reads)))
+                sizes.append(rounded(source, rounding))
+        return cls(tuple(stays), tuple(sizes))
+
+    def beside(self, program: PricedProgram, link: Link) -> PricedProgram:
+        """The program with their bytes, and with the time for which its first read waits for them."""
+        places = {op.name: place for place, op in enumerate(program.ops)}
+        first = min(places[stay.reads[0]] for stay in self.stays)
+        until = [places[stay.reads[-1]] for stay in self.stays]
+        computed = sum(op.seconds for op in program.ops[:first])
+        waits = max(0.0, sum(map(link.arriving, self.sizes)) - computed)
+        ops = []
+        for place, op in enumerate(program.ops):
+            held = sum(size for size, last in zip(self.sizes, until, strict=True) if place <= last)
+            seconds = op.seconds + (waits if place == first else 0.0)
+            ops.append(replace(op, live_bytes=op.live_bytes + held, seconds=seconds))
+        return replace(program, ops=tuple(ops))
 
 
 def rounded(node: fx.Node, rounding: int) -> int:

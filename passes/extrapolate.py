@@ -28,7 +28,7 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int, name: str
 
     Derivatives are divided differences of the slot's values at the last `order + 1` full steps, each by the number of
     steps between the two newest of its values; gaps and weights are elements of the one input `coefficients` (or
-    `name`), so that one program serves steps of any distance.
+    `name`), so that one program serves steps of any distance. It stands before the first call that reads the slot.
 
     Tier: approximate by design; bitwise with respect to the same sums over the values kept. Apply after `read_cache`.
     Invariant: the new inputs come last; the outputs are the model's own.
@@ -64,9 +64,10 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int, name: str
             typed_call(graph, aten.select.int, coefficients, 0, place) for place in range(num_coefficients(order))
         ]
     gaps, weights = numbers[:order], numbers[order:]
+    places = {node: place for place, node in enumerate(graph.nodes)}
     for slot, differences in values.items():
-        users = list(slot.users)
-        with graph.inserting_before(point):
+        users = sorted(slot.users, key=places.__getitem__)
+        with graph.inserting_before(users[0] if users else point):  # until then a copy of it may be on its way
             total = slot
             for weight in weights:
                 differences = [

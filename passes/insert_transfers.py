@@ -19,6 +19,7 @@ from lightcache_fx.graphs import (
     calls,
     input_of,
     is_impure,
+    is_view,
     num_bytes,
     output_node,
     outputs,
@@ -27,7 +28,7 @@ from lightcache_fx.graphs import (
 from lightcache_fx.passes.base import PassResult, find_kept
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
 
-MovableKind = Literal["weight", "slot", "next"]
+MovableKind = Literal["weight", "slot", "history", "next"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class LocalStay:
 
     Attributes:
         name: of the weight or slot.
-        kind: which of the two, or `next`: a weight of the model that runs next, which is only fetched here.
+        kind: which of the two; or `history`: an older value of a slot; or `next`: a weight of the model that runs next,
+            which is only fetched here.
         prefetch: the node before which a copy to the device is begun; None where the caller hands the copy over.
         reads: the nodes that read it, in order; none where it only passes through, or is fetched for the next program.
         handed_on: whether the copy is returned, for the program that runs next.
@@ -166,13 +168,15 @@ class _Inserter:
         self.by_name = {node.name: node for node in graph.nodes}
         self.inputs = {(input_of(n).kind, input_of(n).name): n for n in placeholders(graph)}
         self.last_input = placeholders(graph)[-1]
-        self.gone: dict[str, fx.Node] = {}
-        """Slots that this program has sent away, from where it may fetch them again."""
+        self.gone: dict[str, tuple[fx.Node, fx.Node]] = {}
+        """Slots that this program has sent away, and from where it may fetch them again."""
 
     def begin(self, stay: LocalStay) -> fx.Node:
         """The copy of one stay, not yet whole."""
         key = stay.kind, stay.name
-        source = self.inputs.get(key) or (self.gone.get(stay.name) if stay.kind == "slot" else None)
+        source = self.inputs.get(key)
+        if source is None and stay.kind == "slot" and stay.name in self.gone:
+            _, source = self.gone[stay.name]
         if source is not None:
             value, name = source.meta["val"], source.name
         elif key in self.others:
@@ -196,6 +200,8 @@ class _Inserter:
         if not stay.reads:
             return copy
         source = self.inputs.get((stay.kind, stay.name))
+        if source is None and stay.kind == "slot" and stay.name in self.gone:
+            source, _ = self.gone[stay.name]
         if source is None:
             raise _unknown(stay.kind, stay.name)
         reads = [find_kept(self.by_name, name, "insert_transfers") for name in stay.reads]
@@ -209,7 +215,8 @@ class _Inserter:
     def _read_from(self, reader: fx.Node, source: fx.Node, here: fx.Node) -> None:
         """Let one call read a copy, through views of its own where it read views."""
         for argument in dict.fromkeys(reader.all_input_nodes):
-            if alias_root(argument) is not source:
+            is_input = source.op == "placeholder"
+            if alias_root(argument) is not source if is_input else not _is_view_of(argument, source):
                 continue
             stand_ins = {source: here}
             for view in _views_between(source, argument):
@@ -237,12 +244,12 @@ class _Inserter:
         with self.graph.inserting_after(behind if behind > node else leaving):  # it may be what a slot is taken out of
             gone = self._call(RELEASE, (leaving, node), f"{node.name}_gone", node)
         leaving.meta["val"] = gone.meta["val"] = node.meta["val"]
-        self.gone[name] = gone
+        self.gone[name] = node, gone
         return gone
 
     def clean_up(self) -> None:
         """Remove the original views of weights, and homes that nothing is fetched from any more."""
-        moved = {node for node in self.inputs.values() if input_of(node).kind in ("weight", "slot")}
+        moved = {node for node in self.inputs.values() if input_of(node).kind in ("weight", "slot", "history")}
         for node in reversed(list(calls(self.graph))):
             if not node.users and not is_impure(node) and alias_root(node) in moved:
                 self.graph.erase_node(node)
@@ -265,6 +272,15 @@ class _Inserter:
         node = self.graph.create_node("call_function", target, args, name=name)  # type: ignore[arg-type]
         node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
         return node
+
+
+def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value is another one, or a view of it."""
+    while node is not source:
+        if not is_view(node) or not isinstance(node.args[0], fx.Node):
+            return False
+        node = node.args[0]
+    return True
 
 
 def _views_between(source: fx.Node, view: fx.Node) -> Iterator[fx.Node]:

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 import lightcache_fx as lc
 from beside import OTHERS, check_beside
-from lightcache_fx.errors import PolicyError
+from lightcache_fx import budgets
+from lightcache_fx.errors import BudgetError, PolicyError
 from lightcache_fx.extrapolation import coefficients
 from lightcache_fx.measure import measure_peak
 from oracle import assert_bitwise, hooked_step, plain_step
@@ -226,6 +227,75 @@ def test_the_peak_is_as_planned(schedule: dict[str, Any]) -> None:
     assert swap.plan.budget * 0.9 < measured <= swap.plan.peak_bytes
     assert measured >= 0.95 * swap.plan.peak_bytes
     lc.restore(fast)
+
+
+def least_budget(model: Any, inputs: Any, cache: lc.Cache) -> int:
+    """The fewest bytes that swapping keeps to."""
+    with pytest.raises(BudgetError) as refused:
+        lc.plan(model, kwargs=inputs, policy=lc.Policy(cache=cache, swap=lc.Swap(budget=1)))
+    assert refused.value.reached is not None
+    return refused.value.reached
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_history_leaves_where_the_budget_wants_it(
+    schedule: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Equal to the last bit, run after run and behind a run that was broken off; and as high as planned."""
+    model, make_inputs = ZOO["sd"].build()
+    steps = run_inputs(make_inputs, 0, len(MASK))
+    cache = lc.Cache(cut="up_blocks.3.attentions.1", order=3, **schedule)
+    least = least_budget(model, steps[0], cache)
+    with monkeypatch.context() as patched:
+        patched.setattr(budgets, "_may_leave", lambda *_: False)
+        before = least_budget(model, steps[0], cache)
+    assert least < before
+    policy = lc.Policy(cache=cache, swap=lc.Swap(budget=(least + before) // 2))
+    plain = lc.transform(copy.deepcopy(model), lc.Policy(cache=cache))
+    expected = _marked(plain, steps)
+    assert not any(map(torch.equal, expected, _marked(plain, steps[::-1])))
+    fast = lc.transform(model, policy)
+    for run in range(2):
+        assert_bitwise(_marked(fast, steps), expected, f"run {run}")
+    _marked(fast, steps[:5])
+    assert_bitwise(_marked(fast, steps), expected, "behind a run that was broken off")
+    plan = lc.inspect(fast).plan
+    assert plan.swap.history_away
+    assert "older values" in str(plan)
+    assert plan.history_bytes == 3 * plan.slot_bytes
+    lc.reset(fast)
+    fixed = sum(weight.nbytes for name, weight in model.named_parameters() if name not in plan.swap.weights)
+    measured = measure_peak(lambda: _marked(fast, steps, keep=False)).peak_bytes + fixed
+    assert 0.95 * plan.swap.plan.peak_bytes <= measured <= plan.swap.plan.peak_bytes
+    lc.restore(fast)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("name", "cut"), [("sd", "up_blocks.3.attentions.1"), ("wan", "blocks.1")])
+def test_within_every_budget(name: str, cut: str, order: int) -> None:
+    """What no reuse step needs any more is needed for history; a slot may be sent away and fetched in one program."""
+    model, make_inputs = ZOO[name].build()
+    steps = run_inputs(make_inputs, 0, len(MASK))
+    cache = lc.Cache(cut=cut, mask=MASK, order=order)
+    expected = _marked(lc.transform(copy.deepcopy(model), lc.Policy(cache=cache)), steps)
+    least, away = least_budget(model, steps[0], cache), set()
+    for share in (1.0, 1.1, 1.4):
+        fast = lc.transform(copy.deepcopy(model), lc.Policy(cache=cache, swap=lc.Swap(budget=int(share * least))))
+        assert_bitwise(_marked(fast, steps), expected, f"{share} of the least budget")
+        away.add(lc.inspect(fast).plan.swap.history_away)
+    assert away == ({True, False} if order else {False})
+
+
+def _marked(model: Any, steps: Any, *, keep: bool = True) -> list[torch.Tensor]:
+    outputs = []
+    with lc.marked_run(len(MASK)):
+        for inputs in steps:
+            made = plain_step(model, **inputs)
+            outputs += made if keep else []
+            del made
+            lc.step_done()
+    return outputs
 
 
 @pytest.mark.slow
