@@ -136,24 +136,33 @@ def test_weighted_in_a_run() -> None:
     [
         {"compile": "aot_eager"},
         {"swap": lc.Swap(budget="75%")},
+        {"chunk": lc.Chunk(budget="80%")},
         {"cache": lc.Cache(cut="blocks.1", interval=2, order=1)},
     ],
-    ids=["compile", "swap", "cache"],
+    ids=["compile", "swap", "chunk", "cache"],
 )
 def test_beside_the_other_passes(others: dict[str, Any], tmp_path: Path) -> None:
-    """Derived from what they compute; and the same when saved and loaded, where nothing moves."""
+    """Derived from what they compute, but for chunks' rounding; the same when saved and loaded, where nothing moves."""
+
+    def check(got: list[torch.Tensor], expected: list[torch.Tensor], where: str) -> None:
+        if "chunk" in others:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=where)
+        else:
+            assert_bitwise(got, expected, where)
+
     model, steps = branches()
     plain = {"cache": others["cache"]} if "cache" in others else {}
     outputs = run(lc.transform(model, lc.Policy(guidance=RULE, **plain)), steps)
     fast = lc.transform(copy.deepcopy(model), lc.Policy(guidance=RULE, **others))
     for step, (got, expected) in enumerate(zip(run(fast, steps), outputs, strict=True)):
-        assert_bitwise(got, expected, f"step {step}")
+        check(got, expected, f"step {step}")
     assert lc.inspect(fast).counts["derived"] == NUM_STEPS - len(ALL)
+    assert bool(lc.inspect(fast).plan.chunks) == ("chunk" in others)
     if "swap" not in others:
         lc.save(fast, tmp_path / "saved")
         loaded = lc.load(tmp_path / "saved")
         for step, (got, expected) in enumerate(zip(run(loaded, steps), outputs, strict=True)):
-            assert_bitwise(got, expected, f"loaded, step {step}")
+            check(got, expected, f"loaded, step {step}")
 
 
 def test_a_checked_run_computes_what_is_too_far_off() -> None:
