@@ -1,6 +1,6 @@
 """Ways to decide what is reused, beside each other: quality and measured speed on the trained small models.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.methods               # all models, about an hour on one core
+    OMP_NUM_THREADS=1 python -m benchmarks.methods               # all models, about two hours and a half on one core
     python -m benchmarks.methods svd-sprites --clips 4 --families interval calibrated
 
 Quality is over held-out clips, against the same clip with every step in full; the speed of the whole pipeline is that
