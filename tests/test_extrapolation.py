@@ -287,13 +287,37 @@ def test_within_every_budget(name: str, cut: str, order: int) -> None:
     assert away == ({True, False} if order else {False})
 
 
-def _marked(model: Any, steps: Any, *, keep: bool = True) -> list[torch.Tensor]:
+def test_each_branch_has_a_history_of_its_own() -> None:
+    """Away at once: a step's other call has none of it on the device; and as high as planned."""
+    model, make_inputs = ZOO["wan"].build()
+    calls = [run_inputs(make_inputs, seed, len(MASK)) for seed in (0, 1)]
+    cache = lc.Cache(cut="blocks.1", mask=MASK, order=2)
+    expected = _marked(lc.transform(copy.deepcopy(model), lc.Policy(cache=cache)), *calls)
+    policy = lc.Policy(cache=cache, calls_per_step=2, swap=lc.Swap(budget=1))
+    with pytest.raises(BudgetError) as refused:
+        lc.plan(model, kwargs=calls[0][0], policy=policy)
+    assert refused.value.reached is not None
+    fast = lc.transform(model, policy.model_copy(update={"swap": lc.Swap(budget=int(1.03 * refused.value.reached))}))
+    for run in range(2):
+        assert_bitwise(_marked(fast, *calls), expected, f"run {run}")
+    plan = lc.inspect(fast).plan
+    assert plan.branches == 2
+    assert plan.swap.history_away
+    lc.reset(fast)
+    fixed = sum(weight.nbytes for name, weight in model.named_parameters() if name not in plan.swap.weights)
+    measured = measure_peak(lambda: _marked(fast, *calls, keep=False)).peak_bytes + fixed
+    assert 0.95 * plan.swap.plan.peak_bytes <= measured <= plan.swap.plan.peak_bytes
+    lc.restore(fast)
+
+
+def _marked(model: Any, *branches: Any, keep: bool = True) -> list[torch.Tensor]:
     outputs = []
     with lc.marked_run(len(MASK)):
-        for inputs in steps:
-            made = plain_step(model, **inputs)
-            outputs += made if keep else []
-            del made
+        for step in zip(*branches, strict=True):
+            for inputs in step:
+                made = plain_step(model, **inputs)
+                outputs += made if keep else []
+                del made
             lc.step_done()
     return outputs
 
