@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from lightcache_fx.caching import Auto, Cache, Cut, Residual
-from lightcache_fx.errors import CutError, nearest
+from lightcache_fx.errors import CutError, NotCalledError, nearest
 from lightcache_fx.flops import count_flops
 from lightcache_fx.graphs import ancestors, describe, input_of, is_view, num_bytes, outputs, placeholders
 from lightcache_fx.joins import find_joins
@@ -187,7 +187,7 @@ def module_cut(facts: GraphFacts, paths: Sequence[str], module: nn.Module) -> Cu
             continue
         marked = [mark for mark in facts.marks if mark.path == path and mark.side == "out"]
         if not marked:
-            raise CutError(
+            raise NotCalledError(
                 f"cut={path!r}: the module is never called in this forward, or returns no tensor; cut at its caller"
             )
         alive = [node for mark, node in found.items() if mark in marked]

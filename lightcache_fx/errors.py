@@ -34,6 +34,10 @@ class CutError(LightcacheError, ValueError):
     """A cut names something that the captured graph does not have, or that cannot be kept from step to step."""
 
 
+class NotCalledError(CutError):
+    """A cut names a module that this forward does not call; one with other arguments may."""
+
+
 class BudgetError(LightcacheError, ValueError):
     """A memory budget is below what chunking, or swapping, can reach.
 

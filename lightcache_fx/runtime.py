@@ -21,7 +21,7 @@ from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.compiled import Compiled, Signature
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
-from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, CutError, TransformError
+from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, NotCalledError, TransformError
 from lightcache_fx.extrapolation import coefficients, coefficients_name
 from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.guarding import Watch
@@ -281,11 +281,11 @@ class Runtime:
         """The plan for a call; one that skips what other calls keep, as skip-layer guidance does, has every step full.
 
         Raises:
-            CutError: no call has had the cut yet, so it may be mistaken.
+            CutError: the cut cannot be made; or no call has had it yet, so it may be mistaken.
         """
         try:
             return make_plan(captured, self.policy, self.module)
-        except CutError as error:
+        except NotCalledError as error:
             with self._lock:
                 if all(made.plan.cut is None for made in self.compiled.values()):
                     raise
