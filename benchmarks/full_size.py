@@ -160,7 +160,8 @@ def predict(name: str) -> dict[str, Any]:
         "kept_bytes": ways["cache"]["kept_bytes"],
         "kept_tensors": ways["cache"]["kept_tensors"],
     }
-    ways["lightcache"] = ours | {"slowdown": planned.slowdown, "fits": planned.fits}
+    notes = [note for part in planned.stages if part.plan is not None for note in part.plan.notes]
+    ways["lightcache"] = ours | {"slowdown": planned.slowdown, "fits": planned.fits, "notes": notes}
     request = made.request
     return {
         "title": system.title,

@@ -242,7 +242,7 @@ def with_swaps(
         read = [period.history[name].stays if name in period.history else () for name in period.names]
         transfers = tuple(replace(t, stays=(*t.stays, *more)) for t, more in zip(transfers, read, strict=True))
     tier: Tier = swap.to or ("host" if period.on_cuda else "disk")
-    whole = cycle.seconds if whole_seconds is None else whole_seconds
+    whole = cycle.seconds - period.waits if whole_seconds is None else whole_seconds
     schedule = SwapSchedule(
         period.names,
         period.weights,
@@ -267,34 +267,28 @@ def _planned_period(
 ) -> tuple[_Period, SwapPlan]:
     """A period and its plan: older values of slots are away where the budget, or the least at no time, wants that."""
     resident = _period(capture, plan, swap, cuda, hardware)
-    link = resident.hardware.link
-    if not _may_leave(plan, swap):
-        return resident, _planned(plan.model, resident.cycle, _budget_of(swap, resident, budget), link)
-    away = _period(capture, plan, swap, cuda, resident.hardware, history_away=True)
+    periods, link = [resident], resident.hardware.link
+    if _may_leave(plan, swap):
+        periods.append(_period(capture, plan, swap, cuda, resident.hardware, history_away=True))
     if budget is None and swap.budget is None:
-        least = min(_swap_budget(swap, away), _swap_budget(swap, resident))
-        moved = _planned(plan.model, away.cycle, _swap_budget(swap, away), link)
-        if least == _swap_budget(swap, away) and moved.simulation.seconds <= _NO_TIME * resident.cycle.seconds:
-            return away, moved
-        return resident, _planned(plan.model, resident.cycle, _swap_budget(swap, resident), link)
-    asked = _budget_of(swap, resident, budget)
-    try:
-        kept = _planned(plan.model, resident.cycle, asked, link)
-    except BudgetError:
-        return away, _planned(plan.model, away.cycle, asked, link)
-    if kept.slowdown <= _NO_TIME - 1:
-        return resident, kept
-    moved = _planned(plan.model, away.cycle, asked, link)
-    return min((resident, kept), (away, moved), key=lambda pair: pair[1].simulation.seconds)
+        found = [(period, _planned(plan.model, period.cycle, _swap_budget(swap, period), link)) for period in periods]
+        in_time = [pair for pair in found if pair[1].simulation.seconds <= _NO_TIME * resident.cycle.seconds]
+        return min(in_time or found[:1], key=lambda pair: pair[1].budget)
+    asked = _swap_budget(swap, resident) if budget is None else budget
+    found, refusals = [], []
+    for period in periods:
+        try:
+            found.append((period, _planned(plan.model, period.cycle, asked, link)))
+        except BudgetError as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[-1]  # the one that needs least
+    return min(found, key=lambda pair: pair[1].simulation.seconds)
 
 
 def _may_leave(plan: Plan, swap: Swap) -> bool:
     """Whether there are older values of slots that may be away."""
     return plan.history_bytes > 0 and _moves_features(plan, swap)
-
-
-def _budget_of(swap: Swap, period: _Period, budget: int | None) -> int:
-    return _swap_budget(swap, period) if budget is None else budget
 
 
 def _prologue_transfers(model: str, period: _Period, found: SwapPlan) -> tuple[Transfers, bool]:
@@ -345,6 +339,8 @@ class _Period:
     on_cuda: bool
     branches: int
     history: Mapping[str, HistoryReads] = field(default_factory=dict)
+    waits: float = 0.0
+    """Seconds of the cycle in which reads wait for history."""
 
     @property
     def workloads(self) -> list[Workload]:
@@ -387,11 +383,13 @@ def _period(
         fixed |= {input_of(n).name for n in placeholders(graphs["probe"]) if _is_weight(n)}
     programs = {name: priced(name, graph, hardware.machine, fixed, cuda=cuda) for name, graph in graphs.items()}
     history: dict[str, HistoryReads] = {}
+    waits: dict[str, float] = {}
     if history_away:
-        rounding = timeline(graphs["full"], cuda=cuda).rounding
+        rounding, link = timeline(graphs["full"], cuda=cuda).rounding, hardware.link
         reads = {name: HistoryReads.of(graphs[name], rounding) for name in plan.programs}
         history = {name: read for name, read in reads.items() if read.stays}
-        programs |= {name: read.beside(programs[name], hardware.link) for name, read in history.items()}
+        waits = {name: read.waits(programs[name], link) for name, read in history.items()}
+        programs |= {name: read.beside(programs[name], link) for name, read in history.items()}
     weights = {
         input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
     }
@@ -409,7 +407,8 @@ def _period(
     cycle = workload_of([programs[name] for name in steps], held, cyclic=repeated, branches=branches)
     names = tuple(name for name in steps for _ in range(branches))
     prologue = workload_of([programs["prologue"]], held, cyclic=False) if "prologue" in programs else None
-    return _Period(names, cycle, prologue, hardware, on_cuda, branches, history)
+    waited = sum(waits.get(name, 0.0) for name in names)
+    return _Period(names, cycle, prologue, hardware, on_cuda, branches, history, waited)
 
 
 def _moves_features(plan: Plan, swap: Swap) -> bool:

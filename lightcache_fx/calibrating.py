@@ -94,23 +94,8 @@ def calibrate(
             that are no frames, or cuts that save nothing.
         CutError: a cut that was asked for does not exist.
     """
-    if isinstance(inputs, str | Mapping) or callable(inputs) or not inputs:
-        given = type(inputs).__name__ if inputs else "nothing"
-        raise CalibrationError(
-            f"inputs: expected a list of prompts, of mappings of the pipeline's arguments, or of functions, got {given}"
-        )
     policy = policy or Policy()
-    if policy.is_about_memory():
-        raise CalibrationError(
-            "policy: swapping and memory budgets change no result, and calibrating runs more than their plans know of;"
-            " leave swap and memory_budget out here, and give them to the policy that the calibration makes"
-        )
-    if isinstance(pipe, TransformedPipeline):
-        raise CalibrationError("pipe: it is transformed already; give the original, restore(pipe)")
-    if max_reuse < 1 or points < 1 or probes < 1:
-        raise CalibrationError(f"max_reuse={max_reuse}, points={points} and probes={probes} must be at least 1")
-    if not orders or not set(orders) <= set(range(MAX_ORDER + 1)):
-        raise CalibrationError(f"orders: expected some of 0 to {MAX_ORDER}, got {list(orders)}")
+    _check(pipe, inputs, policy, orders=orders, max_reuse=max_reuse, points=points, probes=probes)
     names = denoisers_of(pipe)
     if len(names) != 1:
         raise CalibrationError(
@@ -141,6 +126,35 @@ def calibrate(
         num_inputs=len(inputs),
         points=found,
     )
+
+
+def _check(
+    pipe: Any,
+    inputs: Sequence[Input],
+    policy: Policy,
+    *,
+    orders: Sequence[int],
+    max_reuse: int,
+    points: int,
+    probes: int,
+) -> None:
+    """Raise a `CalibrationError` where `calibrate` was asked for what it cannot do."""
+    if isinstance(inputs, str | Mapping) or callable(inputs) or not inputs:
+        given = type(inputs).__name__ if inputs else "nothing"
+        raise CalibrationError(
+            f"inputs: expected a list of prompts, of mappings of the pipeline's arguments, or of functions, got {given}"
+        )
+    if policy.is_about_memory():
+        raise CalibrationError(
+            "policy: swapping and memory budgets change no result, and calibrating runs more than their plans know of;"
+            " leave swap and memory_budget out here, and give them to the policy that the calibration makes"
+        )
+    if isinstance(pipe, TransformedPipeline):
+        raise CalibrationError("pipe: it is transformed already; give the original, restore(pipe)")
+    if max_reuse < 1 or points < 1 or probes < 1:
+        raise CalibrationError(f"max_reuse={max_reuse}, points={points} and probes={probes} must be at least 1")
+    if not orders or not set(orders) <= set(range(MAX_ORDER + 1)):
+        raise CalibrationError(f"orders: expected some of 0 to {MAX_ORDER}, got {list(orders)}")
 
 
 def _candidates(module: nn.Module) -> list[Cut]:

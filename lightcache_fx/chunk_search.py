@@ -29,6 +29,7 @@ _NEAR = 3
 _NESTED_TRIES = 1
 _TRIES = 6
 _PASS_TRIES = 3
+"""Of passes, whose bodies are long, fewer are looked at exactly."""
 _SMALLER = 8
 """Every other of so many larger numbers of chunks is looked at for a faster one."""
 _SAME = 0.01
@@ -107,7 +108,7 @@ class Search:
                     found.append(sized)
             if fitting:
                 return min(fitting, key=lambda candidate: candidate.seconds)
-        lowest = sorted(found, key=lambda entry: entry[1])[:_PASS_TRIES]  # bodies of passes are long
+        lowest = sorted(found, key=lambda entry: entry[1])[:_PASS_TRIES]
         lowering = [entry for entry in (self.exactly(c) for c, _ in lowest) if entry[1] < 0.99 * self.peak]
         return min(lowering, key=lambda entry: entry[1])[0] if lowering else None
 

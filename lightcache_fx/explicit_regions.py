@@ -14,7 +14,7 @@ from lightcache_fx.errors import RegionError, nearest
 from lightcache_fx.graphs import describe, module_stack, tensors_of
 from lightcache_fx.policy import Layers
 from lightcache_fx.policy import Region as PolicyRegion
-from lightcache_fx.regions import Blocked, axes_of, full_value, leaving, trace_region
+from lightcache_fx.regions import Blocked, axes_of, full_value, trace_region
 
 _CONV2D = torch.ops.aten.conv2d.default
 _SMALL_LAYER = 1 / 64
@@ -27,7 +27,7 @@ def frame_by_frame(memory: Memory, frames: int) -> list[Chosen]:
     Raises:
         RegionError: frames depend on each other.
     """
-    axis = Axis(0, full_value(leaving(memory.order)[-1]).shape[0])
+    axis = Axis(0, full_value(memory.leaving(0, len(memory.order) - 1)[-1]).shape[0])
     if frames >= axis.size:
         return []
     try:
@@ -55,7 +55,7 @@ def regions_of_module(memory: Memory, wanted: PolicyRegion) -> Iterator[Chosen]:
         raise RegionError(f"region: the program has no module {wanted.module!r}{nearest(wanted.module, known)}")
     for indices in calls_of.values():
         begin, end = indices[0], indices[-1]
-        seed = leaving(memory.order[begin : end + 1])[-1]
+        seed = memory.leaving(begin, end)[-1]
         axes = {axis.dim: axis for axis in axes_of(seed)}
         rank = full_value(seed).dim()
         if not -rank <= wanted.axis < rank or wanted.axis % rank not in axes:
@@ -119,7 +119,7 @@ def _cut_layer(
     memory: Memory, begin: int, end: int, layers: Layers, images: Collection[int], *, by_width: bool
 ) -> Chosen | None:
     """A layer along its first dimension, where that has enough positions, or else, if asked, along its width."""
-    leave = leaving(memory.order[begin : end + 1])
+    leave = memory.leaving(begin, end)
     axes = {axis.dim: axis for axis in axes_of(leave[-1])} if leave else {}
     if not axes:
         return None

@@ -145,6 +145,13 @@ def is_view(node: fx.Node) -> bool:
     return any(r.alias_info is not None for r in schema.returns)
 
 
+def is_or_views(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value is another one, or made from it by calls that may return a view."""
+    while node is not source and is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node is source
+
+
 def storage_root(node: fx.Node) -> fx.Node:
     """The node whose storage a value may live in: follows views and `getitem` to the first operator that allocates."""
     while node.op == "call_function" and (is_view(node) or is_mark(node)) and isinstance(node.args[0], fx.Node):

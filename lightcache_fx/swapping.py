@@ -19,6 +19,7 @@ from lightcache_fx.graphs import (
     calls,
     concrete_size,
     input_of,
+    is_or_views,
     is_view,
     num_bytes,
     output_node,
@@ -250,7 +251,7 @@ def priced(
         node = step.node
         if alias_root(node) in sources:
             continue
-        read = [sources[root].name for root in dict.fromkeys(map(alias_root, node.all_input_nodes)) if root in sources]
+        read = [sources[root].name for root in _roots_read(node) if root in sources]
         read += [
             slot.name for slot_node, slot in made.items() if index > since[slot.name] and _touches(node, slot_node)
         ]
@@ -291,29 +292,41 @@ class HistoryReads:
     @classmethod
     def of(cls, graph: fx.Graph, rounding: int) -> HistoryReads:
         """Those of a program without transfers."""
-        stays, sizes = [], []
-        for source in placeholders(graph):
-            given = input_of(source)
-            if given.kind == "history":
-                users = [node for node in calls(graph) if node is not source and alias_root(node) is not source]
-                reads = [node.name for node in users if any(alias_root(n) is source for n in node.all_input_nodes)]
-                stays.append(LocalStay(given.name, "history", None, tuple(reads)))
-                sizes.append(rounded(source, rounding))
-        return cls(tuple(stays), tuple(sizes))
+        sources = [node for node in placeholders(graph) if input_of(node).kind == "history"]
+        readers = {
+            source: [n.name for n in calls(graph) if alias_root(n) is not source and source in _roots_read(n)]
+            for source in sources
+        }
+        return cls(
+            tuple(LocalStay(input_of(source).name, "history", None, tuple(readers[source])) for source in sources),
+            tuple(rounded(source, rounding) for source in sources),
+        )
+
+    def waits(self, program: PricedProgram, link: Link) -> float:
+        """Seconds for which the first read waits for all of them, if nothing else is copied then."""
+        first = min(_places(program)[stay.reads[0]] for stay in self.stays)
+        return max(0.0, sum(map(link.arriving, self.sizes)) - sum(op.seconds for op in program.ops[:first]))
 
     def beside(self, program: PricedProgram, link: Link) -> PricedProgram:
-        """The program with their bytes, and with the time for which its first read waits for them."""
-        places = {op.name: place for place, op in enumerate(program.ops)}
+        """The program with their bytes, and with what its first read waits."""
+        places = _places(program)
         first = min(places[stay.reads[0]] for stay in self.stays)
         until = [places[stay.reads[-1]] for stay in self.stays]
-        computed = sum(op.seconds for op in program.ops[:first])
-        waits = max(0.0, sum(map(link.arriving, self.sizes)) - computed)
         ops = []
         for place, op in enumerate(program.ops):
             held = sum(size for size, last in zip(self.sizes, until, strict=True) if place <= last)
-            seconds = op.seconds + (waits if place == first else 0.0)
+            seconds = op.seconds + (self.waits(program, link) if place == first else 0.0)
             ops.append(replace(op, live_bytes=op.live_bytes + held, seconds=seconds))
         return replace(program, ops=tuple(ops))
+
+
+def _places(program: PricedProgram) -> dict[str, int]:
+    return {op.name: place for place, op in enumerate(program.ops)}
+
+
+def _roots_read(node: fx.Node) -> dict[fx.Node, None]:
+    """Whose storages a call is given, in order."""
+    return dict.fromkeys(map(alias_root, node.all_input_nodes))
 
 
 def rounded(node: fx.Node, rounding: int) -> int:
@@ -358,13 +371,7 @@ def _maker(node: fx.Node) -> fx.Node:
 def _touches(node: fx.Node, slot: fx.Node) -> bool:
     """Whether a call reads a slot or a view of it."""
     maker = _maker(slot)
-    return any(_maker(argument) is maker and _is_or_views(argument, slot) for argument in node.all_input_nodes)
-
-
-def _is_or_views(node: fx.Node, slot: fx.Node) -> bool:
-    while node is not slot and is_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node is slot
+    return any(_maker(argument) is maker and is_or_views(argument, slot) for argument in node.all_input_nodes)
 
 
 def seconds_of_calls(graph: fx.Graph, machine: Machine, *, cuda: bool) -> dict[fx.Node, float]:

@@ -63,23 +63,35 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int, name: str
         numbers = [
             typed_call(graph, aten.select.int, coefficients, 0, place) for place in range(num_coefficients(order))
         ]
-    gaps, weights = numbers[:order], numbers[order:]
     places = {node: place for place, node in enumerate(graph.nodes)}
     for slot, differences in values.items():
         users = sorted(slot.users, key=places.__getitem__)
         with graph.inserting_before(users[0] if users else point):  # until then a copy of it may be on its way
-            total = slot
-            for weight in weights:
-                differences = [
-                    typed_call(graph, aten.div.Tensor, typed_call(graph, aten.sub.Tensor, newer, older), gap)
-                    for (newer, older), gap in zip(pairwise(differences), gaps, strict=False)
-                ]
-                total = typed_call(
-                    graph, aten.add.Tensor, total, typed_call(graph, aten.mul.Tensor, differences[0], weight)
-                )
+            total = _expansion(graph, differences, numbers[:order], numbers[order:])
         for user in users:
             user.replace_input_with(slot, total)
     return PassResult(graph, True, {"slots": len(read), "order": order})
+
+
+def _expansion(
+    graph: fx.Graph, values: Sequence[fx.Node], gaps: Sequence[fx.Node], weights: Sequence[fx.Node]
+) -> fx.Node:
+    """The sum of a slot's value and of its derivatives, each weighed.
+
+    Args:
+        graph: where the calls are put at its present place.
+        values: of the slot at the last full steps, newest first.
+        gaps: between these steps, newest first.
+        weights: of the derivatives, from the first on.
+    """
+    total, differences = values[0], values
+    for weight in weights:
+        differences = [
+            typed_call(graph, aten.div.Tensor, typed_call(graph, aten.sub.Tensor, newer, older), gap)
+            for (newer, older), gap in zip(pairwise(differences), gaps, strict=False)
+        ]
+        total = typed_call(graph, aten.add.Tensor, total, typed_call(graph, aten.mul.Tensor, differences[0], weight))
+    return total
 
 
 def _older(slot: fx.Node, age: int) -> GraphInput:

@@ -19,7 +19,7 @@ from lightcache_fx.graphs import (
     calls,
     input_of,
     is_impure,
-    is_view,
+    is_or_views,
     num_bytes,
     output_node,
     outputs,
@@ -128,6 +128,11 @@ def insert_transfers(
         %y = op_y(%z)                   ->     %h_leaving = lightcache.offload(%h, %h_home, "h"); %y = op_y(%z)
         return (%y, %h)                        %h_gone = lightcache.release(%h_leaving, %h); return (%y, %h_gone)
 
+        %z = op_z(%y, %h)               ->     %h_arriving = lightcache.prefetch(%h_gone, device, "h")   (5) read again
+                                               %h_here = lightcache.wait(%h_arriving); %z = op_z(%y, %h_here)
+
+    An older value of a slot (`history`) is handed over, as in (2), by a caller who begins the copy.
+
     What a program fetches for the next one alone has an input of its own, so that a caller who knows that there is no
     next one gives an empty tensor there. It need not be something that the program reads: `others` has (fake) tensors
     of such weights and slots, and of weights of the model that runs next, by kind and name. Views of a weight are made
@@ -174,9 +179,8 @@ class _Inserter:
     def begin(self, stay: LocalStay) -> fx.Node:
         """The copy of one stay, not yet whole."""
         key = stay.kind, stay.name
-        source = self.inputs.get(key)
-        if source is None and stay.kind == "slot" and stay.name in self.gone:
-            _, source = self.gone[stay.name]
+        _, gone = self._sent_away(stay)
+        source = self.inputs.get(key, gone)
         if source is not None:
             value, name = source.meta["val"], source.name
         elif key in self.others:
@@ -199,9 +203,8 @@ class _Inserter:
         """Let what reads the weight within a stay read its copy, once that is whole; returns the copy to hand on."""
         if not stay.reads:
             return copy
-        source = self.inputs.get((stay.kind, stay.name))
-        if source is None and stay.kind == "slot" and stay.name in self.gone:
-            source, _ = self.gone[stay.name]
+        made, _ = self._sent_away(stay)
+        source = self.inputs.get((stay.kind, stay.name), made)
         if source is None:
             raise _unknown(stay.kind, stay.name)
         reads = [find_kept(self.by_name, name, "insert_transfers") for name in stay.reads]
@@ -212,11 +215,15 @@ class _Inserter:
             self._read_from(reader, source, here)
         return here
 
+    def _sent_away(self, stay: LocalStay) -> tuple[fx.Node, fx.Node] | tuple[None, None]:
+        """Of a slot that this program makes and sends away: the slot, and from where it may be fetched again."""
+        return self.gone.get(stay.name, (None, None)) if stay.kind == "slot" else (None, None)
+
     def _read_from(self, reader: fx.Node, source: fx.Node, here: fx.Node) -> None:
         """Let one call read a copy, through views of its own where it read views."""
         for argument in dict.fromkeys(reader.all_input_nodes):
-            is_input = source.op == "placeholder"
-            if alias_root(argument) is not source if is_input else not _is_view_of(argument, source):
+            lives_in = alias_root(argument) is source if source.op == "placeholder" else is_or_views(argument, source)
+            if not lives_in:
                 continue
             stand_ins = {source: here}
             for view in _views_between(source, argument):
@@ -248,10 +255,12 @@ class _Inserter:
         return gone
 
     def clean_up(self) -> None:
-        """Remove the original views of weights, and homes that nothing is fetched from any more."""
+        """Remove the original views of what moves, which would hold it, and inputs that nothing reads any more."""
         moved = {node for node in self.inputs.values() if input_of(node).kind in ("weight", "slot", "history")}
         for node in reversed(list(calls(self.graph))):
-            if not node.users and not is_impure(node) and alias_root(node) in moved:
+            if node.users or is_impure(node):
+                continue
+            if alias_root(node) in moved or any(is_or_views(node, made) for made, _ in self.gone.values()):
                 self.graph.erase_node(node)
         for node in moved:
             if not node.users:
@@ -272,15 +281,6 @@ class _Inserter:
         node = self.graph.create_node("call_function", target, args, name=name)  # type: ignore[arg-type]
         node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
         return node
-
-
-def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a value is another one, or a view of it."""
-    while node is not source:
-        if not is_view(node) or not isinstance(node.args[0], fx.Node):
-            return False
-        node = node.args[0]
-    return True
 
 
 def _views_between(source: fx.Node, view: fx.Node) -> Iterator[fx.Node]:

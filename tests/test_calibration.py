@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lightcache_fx as lc
+from lightcache_fx.calibrating import _Errors, _share_left, _Trial
 from lightcache_fx.calibration import weights_of
 from lightcache_fx.errors import CalibrationError, CutError, PolicyError, ScheduleError
 from lightcache_fx.pipeline import TransformedPipeline
@@ -68,6 +70,47 @@ def test_no_schedule_is_cheaper(data: st.DataObject) -> None:
             assert found[count] in possible
             least = min(cost_of(costs, num_steps, full) for full in possible)
             assert cost_of(costs, num_steps, found[count]) == pytest.approx(least)
+
+
+def kept(*values: float) -> dict[str, torch.Tensor]:
+    return {f"slot_{place}": torch.full((2, 3), value) for place, value in enumerate(values)}
+
+
+def test_what_a_line_leaves_of_an_error() -> None:
+    """Of a straight one nothing, of a constant one as nothing moved, of one that turns back more than reuse has."""
+    assert _share_left(kept(1.0), kept(3.0), kept(7.0), 2.0) == pytest.approx(0, abs=1e-6)
+    assert _share_left(kept(4.0), kept(4.0), kept(4.0), 1.0) == 0
+    assert _share_left(kept(1.0), kept(3.0), kept(4.0), 1.0) == pytest.approx(1)
+    assert _share_left(kept(1.0), kept(3.0), kept(1.0), 1.0) == pytest.approx(2)
+    both = _share_left(kept(1.0, 1.0), kept(3.0, 3.0), kept(7.0, 1.0), 2.0)
+    assert both == pytest.approx(math.sqrt((0**2 + 3**2) / 2))
+
+
+def test_errors_are_means_and_infinite_where_nothing_was_seen() -> None:
+    errors = _Errors()
+    errors.add(2, 4, 1.0, {0: 0.5, 1: 0.25})
+    errors.add(2, 4, 3.0, {0: 0.5})
+    assert errors.of(None, 2, 4) == 2
+    assert errors.of(0, 2, 4) == 1
+    assert errors.of(1, 2, 4) == 0.25
+    assert errors.of(None, 3, 4) == errors.of(3, 2, 4) == math.inf
+
+
+def test_errors_of_extrapolation_are_those_of_a_run() -> None:
+    """Each is the error of reuse as a run shows it, times what the kept values say of the line."""
+    pipe, order = load(), (0, 1)
+    trial = _Trial(pipe, "unet", 0, order, 2, lc.Policy(), [clip(0)])
+    fast = lc.transform_pipeline(load(), lc.Policy(cache=lc.Cache(cut=0, interval=1)))
+    with lc.record_kept(fast.unet) as recording:
+        clip(0)(fast)
+    values = [value.float() for value in recording.at(recording.names[0])]
+    seen = trial._errors._extrapolated
+    assert set(seen) == {(i, j, k) for k in range(NUM_STEPS) for j in range(k - 2, k) for i in range(max(0, j - 3), j)}
+    for (before, source, step), found in seen.items():
+        ahead = (step - source) / (source - before)
+        line = values[source] + ahead * (values[source] - values[before])
+        share = float((values[step] - line).norm() / (values[step] - values[source]).norm())
+        assert found == [pytest.approx(trial._errors.of(None, source, step) * share, rel=1e-3)]
 
 
 # Calibrating ----------------------------------------------------------------------------------------------------------

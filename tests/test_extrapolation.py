@@ -283,8 +283,15 @@ def test_within_every_budget(name: str, cut: str, order: int) -> None:
     for share in (1.0, 1.1, 1.4):
         fast = lc.transform(copy.deepcopy(model), lc.Policy(cache=cache, swap=lc.Swap(budget=int(share * least))))
         assert_bitwise(_marked(fast, steps), expected, f"{share} of the least budget")
-        away.add(lc.inspect(fast).plan.swap.history_away)
+        plan = lc.inspect(fast).plan
+        away.add(plan.swap.history_away)
+        by_waits = plan.swap.workload.seconds - plan.swap.whole_seconds  # what reads of history wait is no computing
+        assert by_waits > 0 if plan.swap.history_away else by_waits == 0
     assert away == ({True, False} if order else {False})
+    fast = lc.transform(copy.deepcopy(model), lc.Policy(cache=cache, swap=lc.Swap()))
+    assert_bitwise(_marked(fast, steps), expected, "as little as costs no time")
+    swap = lc.inspect(fast).plan.swap
+    assert swap.plan.simulation.seconds <= 1.01 * swap.whole_seconds
 
 
 def test_each_branch_has_a_history_of_its_own() -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import lightcache_fx as lc
 from lightcache_fx import Chunk, Policy
 from lightcache_fx.errors import LoadError
+from lightcache_fx.module import runtime_of
 from toys import Denoiser, Resnet, latent, prompt
 
 FULL, REUSE, PROLOGUE = (f"signature_0.{name}.pt2" for name in ("full", "reuse", "prologue"))
@@ -495,6 +497,19 @@ EDITED: list[tuple[Callable[[Path], None], str]] = [
     (unknown_device, r"^manifest\.json is not as .*outer\.bias.*device: no device 'toaster'$"),
     (overlapping_strides, r"^inner\.weight has strides \(0, 1\) for sizes \(8, 4\): elements overlap$"),
 ]
+
+
+def test_a_cut_that_no_signature_has(folder: Path) -> None:
+    """One that skips what is kept may have none, if another has it."""
+    runtime = runtime_of(lc.load(folder))
+    runtime.check_cuts()
+    ((key, made),) = runtime.compiled.items()
+    without = replace(made, plan=replace(made.plan, cut=None))
+    runtime.compiled["other"] = without
+    runtime.check_cuts()
+    runtime.compiled[key] = without
+    with pytest.raises(LoadError, match=rf"^{SIGNATURE}: its plan has no cut, unlike the policy, and no other signatu"):
+        runtime.check_cuts()
 
 
 @pytest.mark.parametrize(("change", "expected"), EDITED, ids=[change.__name__ for change, _ in EDITED])

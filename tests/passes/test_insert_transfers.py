@@ -15,15 +15,20 @@ from golden import check_golden
 from graphs import Captured, apply_to, captured, operators
 from lightcache_fx import diff, format_graph
 from lightcache_fx.boxed import BoxedCodeGen
-from lightcache_fx.cuts import module_cut
+from lightcache_fx.cuts import depth_cut, module_cut
 from lightcache_fx.errors import PassError
+from lightcache_fx.extrapolation import COEFFICIENTS
 from lightcache_fx.graphs import alias_root, calls, input_of, output_node, outputs, placeholders
 from lightcache_fx.liveness import timeline
 from lightcache_fx.measure import MeasuredPeak, measure_peak
+from lightcache_fx.passes.extrapolate import extrapolate
 from lightcache_fx.passes.insert_transfers import LocalStay, MadeSlot, Transfers, insert_transfers
+from lightcache_fx.passes.read_cache import read_cache
 from lightcache_fx.passes.remove_marks import remove_marks
 from lightcache_fx.passes.write_cache import write_cache
+from lightcache_fx.swapping import HistoryReads
 from lightcache_fx.transfers import OFFLOAD, PREFETCH, RELEASE, WAIT
+from toys import Denoiser, latent, prompt
 
 CPU = torch.device("cpu")
 WIDE = 64
@@ -113,6 +118,71 @@ def test_golden_for_the_next_model() -> None:
     check_golden(diff(given.graph_module, after), "insert_transfers_next", __file__)
     assert NEXT.copies == ()
     assert NEXT.for_next == ("first.weight",)
+
+
+class Again(Model):
+    """What is cached is read once more at the end, in two ways."""
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        hidden = self.block(self.first(sample))
+        return self.last(hidden.cos().sin()) * hidden[:, :1] + hidden
+
+
+AGAIN = Transfers(
+    (LocalStay("slot_0", "slot", "linear_1", ("mul", "add")),), (MadeSlot("slot_0", "cos", handed_on=False),)
+)
+
+
+def read_again() -> tuple[Captured, fx.GraphModule]:
+    torch.manual_seed(0)
+    model = Again().eval().requires_grad_(False)
+    given = captured(model, X, mark=["block"])
+    slots = module_cut(given.facts, ["block"], model).slots
+    return given, given.apply(partial(write_cache, slots=slots), remove_marks, keeps_outputs=False)[0]
+
+
+def test_golden_sent_away_and_read_again() -> None:
+    given, before = read_again()
+    after = fx.GraphModule(before, before.graph)
+    text = format_of(after)
+    result = apply_to(after, partial(insert_transfers, plan=AGAIN), keeps_outputs=False)
+    assert result.counts == {"fetched": 1, "handed over": 0, "sent away": 1}
+    check_golden("\n".join(changed(text, format_of(after))), "insert_transfers_read_again", __file__)
+    result, gone = run(given, after)
+    assert torch.equal(result, given.eager()[0])
+    assert torch.equal(gone, F.silu(given.module.first(X)))
+    release = next(node for node in calls(after.graph) if node.target is RELEASE)
+    made = release.args[1]
+    assert max(made.users) is release  # nothing holds it until it comes back
+
+
+def test_a_slot_that_never_left_is_not_read_again() -> None:
+    _, graph_module = read_again()
+    with pytest.raises(PassError, match="the program has no slot 'slot_0'; was it planned for another"):
+        apply_to(graph_module, partial(insert_transfers, plan=Transfers(AGAIN.stays)), keeps_outputs=False)
+
+
+def test_golden_of_history() -> None:
+    """Its copy is begun by the caller, waited for before the first read, and gone behind the last."""
+    model, call = Denoiser(), (latent(0), torch.tensor(900), prompt(0))
+    given = captured(model, *call)
+    slots = depth_cut(given.facts, 0).slots
+    passes = (partial(read_cache, slots=slots), partial(extrapolate, slots=slots, order=2))
+    before, _ = given.apply(*passes)
+    reads = HistoryReads.of(before.graph, 64)
+    assert [(one.name, one.kind, one.prefetch, one.reads) for one in reads.stays] == [
+        ("slot_0_before_1", "history", None, ("sub_tensor", "sub_tensor_1")),
+        ("slot_0_before_2", "history", None, ("sub_tensor_1",)),
+    ]
+    assert reads.sizes == (64, 64)
+    after, result = given.apply(*passes, partial(insert_transfers, plan=Transfers(reads.stays)))
+    assert result.counts == {"fetched": 0, "handed over": 2, "sent away": 0}
+    check_golden(diff(before, after), "insert_transfers_history", __file__)
+    kinds = {input_of(node).kind for node in placeholders(after.graph)}
+    assert "history" not in kinds
+    state = {"slot_0": torch.ones(2, 8), COEFFICIENTS: torch.tensor([2.0, 3.0, 1.5, 0.5])}
+    state |= {one.name: torch.full((2, 8), 2.0 + place) for place, one in enumerate(reads.stays)}
+    assert torch.equal(given.run(after, state=state)[0], given.run(before, state=state)[0])
 
 
 def format_of(graph_module: fx.GraphModule) -> list[str]:
