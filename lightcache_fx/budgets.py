@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from torch import fx
 
@@ -12,43 +12,29 @@ from lightcache_fx.capture import Capture
 from lightcache_fx.chunk_planner import ChunkPlan, Request, plan_program
 from lightcache_fx.errors import BudgetError
 from lightcache_fx.graphs import describe, input_of, num_bytes, placeholders
-from lightcache_fx.hardware import Hardware, hardware_of
+from lightcache_fx.hardware import Hardware
 from lightcache_fx.homes import Tier
 from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.chunk_regions import chunked_copy
-from lightcache_fx.passes.insert_transfers import Transfers
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Chunk, Swap
 from lightcache_fx.program import modules_of, whole_graphs
 from lightcache_fx.simulator import simulate
-from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
+from lightcache_fx.swap_periods import may_move_history, period_of, planned_period, prologue_transfers
+from lightcache_fx.swap_planner import floor_of
 from lightcache_fx.swap_transfers import (
     leaving_after_use,
     none_dropped,
-    places_of_slots,
     taken_at_begin,
     transfers_of,
     when_needed,
 )
-from lightcache_fx.swapping import (
-    HistoryReads,
-    SwapSchedule,
-    behind_probe,
-    fixed_inputs,
-    least_movable,
-    priced,
-    without,
-    workload_of,
-)
+from lightcache_fx.swapping import SwapSchedule
 from lightcache_fx.units import format_bytes
-from lightcache_fx.workload import Link, Residence, Step, Workload
 
 log = logging.getLogger(__name__)
 
 _PLAN_TRIES = 3
-_BISECTIONS = 6
-_NO_TIME = 1.01
-"""Swapping that takes up to so many times as long counts as costing no time."""
 _GOOD_ENOUGH = 1.02
 """Over the time of everything resident and whole: a plan that takes so much ends the search for a faster one."""
 Limit = Callable[[str], int | None]
@@ -129,7 +115,7 @@ def _within(
 ) -> Plan:
     """The fastest of: swapping as it is, everything resident and chunked to what is left, and swapping with chunks."""
     swap = plan.policy.swap or Swap()
-    whole = _period(capture, plan, swap, cuda, hardware).cycle.seconds
+    whole = period_of(capture, plan, swap, cuda, hardware).cycle.seconds
     found: list[tuple[float, Plan]] = []
     floors: list[BudgetError] = []
     for limit in _limits(capture, plan, budget):
@@ -161,7 +147,7 @@ def _out_of_reach(
         plan = with_chunks(capture, plan, {}.fromkeys(whole_graphs(capture, plan), reached).get, cuda=cuda)
     except BudgetError as error:
         log.debug("the floor is that of whole activations: %s", error)
-    workload = _period(capture, plan, swap, cuda, hardware, history_away=_may_leave(plan, swap)).cycle
+    workload = period_of(capture, plan, swap, cuda, hardware, history_away=may_move_history(plan, swap)).cycle
     floor, index = floor_of(workload)
     op = workload.ops[index]
     return BudgetError(
@@ -221,7 +207,7 @@ def with_swaps(
     Raises:
         BudgetError: the budget is below what the most demanding call needs.
     """
-    period, found = _planned_period(capture, plan, swap, budget, cuda, hardware)
+    period, found = planned_period(capture, plan, swap, budget, cuda, hardware)
     cycle, link = period.cycle, period.hardware.link
     residence = found.residence
     if not cycle.cyclic and (takes_turns or residence.stays):
@@ -234,7 +220,7 @@ def with_swaps(
         resident = sum(cycle.movables[name].num_bytes for name in residence.resident)
         simulation = simulate(cycle, residence, link)
         found = replace(found, residence=residence, simulation=simulation, resident_bytes=resident)
-    prologue, keeps_residents = _prologue_transfers(plan.model, period, found)
+    prologue, keeps_residents = prologue_transfers(plan.model, period, found)
     transfers = transfers_of(found.residence, cycle, period.branches)
     if not cycle.cyclic and swap.prefetch:
         transfers = tuple(taken_at_begin(of_call, cycle) for of_call in transfers)
@@ -260,185 +246,6 @@ def with_swaps(
     )
     notes = plan.notes if schedule.warning is None else (*plan.notes, schedule.warning)
     return replace(plan, swap=schedule, notes=notes)
-
-
-def _planned_period(
-    capture: Capture, plan: Plan, swap: Swap, budget: int | None, cuda: bool | None, hardware: Hardware | None
-) -> tuple[_Period, SwapPlan]:
-    """A period and its plan: older values of slots are away where the budget, or the least at no time, wants that."""
-    resident = _period(capture, plan, swap, cuda, hardware)
-    periods, link = [resident], resident.hardware.link
-    if _may_leave(plan, swap):
-        periods.append(_period(capture, plan, swap, cuda, resident.hardware, history_away=True))
-    if budget is None and swap.budget is None:
-        found = [(period, _planned(plan.model, period.cycle, _swap_budget(swap, period), link)) for period in periods]
-        in_time = [pair for pair in found if pair[1].simulation.seconds <= _NO_TIME * resident.cycle.seconds]
-        return min(in_time or found[:1], key=lambda pair: pair[1].budget)
-    asked = _swap_budget(swap, resident) if budget is None else budget
-    found, refusals = [], []
-    for period in periods:
-        try:
-            found.append((period, _planned(plan.model, period.cycle, asked, link)))
-        except BudgetError as error:
-            refusals.append(error)
-    if not found:
-        raise refusals[-1]  # the one that needs least
-    return min(found, key=lambda pair: pair[1].simulation.seconds)
-
-
-def _may_leave(plan: Plan, swap: Swap) -> bool:
-    """Whether there are older values of slots that may be away."""
-    return plan.history_bytes > 0 and _moves_features(plan, swap)
-
-
-def _prologue_transfers(model: str, period: _Period, found: SwapPlan) -> tuple[Transfers, bool]:
-    """What the prologue copies, and whether it has room beside the weights that stay on the device for the steps.
-
-    Where it has, a branch's prologue does not cost fetching them anew; the room is what the steps take at their peak.
-    """
-    if period.prologue is None or period.everything <= found.budget:
-        return Transfers(), True
-    slots, link = _slot_bytes_between(found.residence, period.cycle, period.branches), period.hardware.link
-    beside, keeps_residents = _beside(period.prologue, slots + found.resident_bytes), True
-    try:
-        once = _planned(model, beside, found.peak_bytes, link)
-    except BudgetError:
-        beside, keeps_residents = _beside(period.prologue, slots), False
-        once = _planned(model, beside, found.budget, link)
-    (transfers,) = transfers_of(leaving_after_use(once.residence, beside), beside)
-    return taken_at_begin(transfers, beside), keeps_residents
-
-
-def _slot_bytes_between(residence: Residence, cycle: Workload, branches: int) -> int:
-    """Bytes of the slots that earlier branches have on the device while a later one's prologue runs, at most."""
-    sizes = {name: movable.num_bytes for name, movable in cycle.movables.items()}
-    found = [0]
-    for call in range(1, branches):
-        earlier = enumerate(places_of_slots(residence, cycle, call, branches)[:call])
-        found.append(sum(sizes[f"{s}@{b}"] for b, slots in earlier for s, place in slots.items() if place.is_present))
-    return max(found)
-
-
-def _beside(workload: Workload, held_bytes: int) -> Workload:
-    """The same calls, with so many bytes more on the device all the time."""
-    steps = tuple(
-        Step(step.program, tuple(replace(op, live_bytes=op.live_bytes + held_bytes) for op in step.ops))
-        for step in workload.steps
-    )
-    return replace(workload, steps=steps)
-
-
-@dataclass(frozen=True)
-class _Period:
-    """What a plan's programs are to the swap planner."""
-
-    names: tuple[str, ...]
-    cycle: Workload
-    prologue: Workload | None
-    hardware: Hardware
-    on_cuda: bool
-    branches: int
-    history: Mapping[str, HistoryReads] = field(default_factory=dict)
-    waits: float = 0.0
-    """Seconds of the cycle in which reads wait for history."""
-
-    @property
-    def workloads(self) -> list[Workload]:
-        """All of them."""
-        return [self.cycle] if self.prologue is None else [self.cycle, self.prologue]
-
-    @property
-    def weights(self) -> frozenset[str]:
-        """The weights that may be away."""
-        movables = (movable for workload in self.workloads for movable in workload.movables.values())
-        return frozenset(movable.name for movable in movables if movable.kind == "weight")
-
-    @property
-    def everything(self) -> int:
-        """Bytes of all that may be away, beside what is live at most."""
-        movables = {name: m.num_bytes for workload in self.workloads for name, m in workload.movables.items()}
-        return sum(movables.values()) + max(op.live_bytes for workload in self.workloads for op in workload.ops)
-
-
-def _period(
-    capture: Capture,
-    plan: Plan,
-    swap: Swap,
-    cuda: bool | None,
-    hardware: Hardware | None,
-    *,
-    history_away: bool = False,
-) -> _Period:
-    graphs = {}
-    for name, graph in whole_graphs(capture, plan).items():
-        whole = fx.GraphModule(modules_of(capture, graph), graph)
-        graphs[name] = chunked_copy(whole.graph, plan.chunks[name].chunking).graph if name in plan.chunks else graph
-    on_cuda = timeline(graphs["full"], cuda=cuda).cuda
-    hardware = hardware or hardware_of(graphs["full"], cuda=on_cuda, folder=swap.folder)
-    least, fixed = least_movable(plan.weight_bytes), set[str]()
-    features = _moves_features(plan, swap)
-    for graph in graphs.values():
-        fixed |= fixed_inputs(graph, least=least, weights=swap.weights, features=features)
-    if "probe" in graphs:  # which runs before it is known what comes
-        fixed |= {input_of(n).name for n in placeholders(graphs["probe"]) if _is_weight(n)}
-    programs = {name: priced(name, graph, hardware.machine, fixed, cuda=cuda) for name, graph in graphs.items()}
-    history: dict[str, HistoryReads] = {}
-    waits: dict[str, float] = {}
-    if history_away:
-        rounding, link = timeline(graphs["full"], cuda=cuda).rounding, hardware.link
-        reads = {name: HistoryReads.of(graphs[name], rounding) for name in plan.programs}
-        history = {name: read for name, read in reads.items() if read.stays}
-        waits = {name: read.waits(programs[name], link) for name, read in history.items()}
-        programs |= {name: read.beside(programs[name], link) for name, read in history.items()}
-    weights = {
-        input_of(n).name: num_bytes(n) for graph in graphs.values() for n in placeholders(graph) if _is_weight(n)
-    }
-    if (probe := programs.get("probe")) is not None:
-        programs |= {name: behind_probe(programs[name], probe) for name in ("full", "reuse")}
-    movable = {name for program in programs.values() for name in program.movables}
-    repeated = capture.layout.is_repeated
-    branches = plan.branches
-    held = plan.always_bytes + sum(size for name, size in weights.items() if name not in movable)
-    held -= branches * plan.history_bytes if history_away else 0
-    held += branches * sum(slot.num_bytes for slot in plan.slots if slot.name in fixed)
-    for name in plan.programs:  # while it makes what it keeps, the device does not have that already
-        programs[name] = without(programs[name], sum(s.num_bytes for s in plan.made_by(name) if s.name in fixed))
-    steps = plan.period if repeated else ("full",)
-    cycle = workload_of([programs[name] for name in steps], held, cyclic=repeated, branches=branches)
-    names = tuple(name for name in steps for _ in range(branches))
-    prologue = workload_of([programs["prologue"]], held, cyclic=False) if "prologue" in programs else None
-    waited = sum(waits.get(name, 0.0) for name in names)
-    return _Period(names, cycle, prologue, hardware, on_cuda, branches, history, waited)
-
-
-def _moves_features(plan: Plan, swap: Swap) -> bool:
-    """Whether slots may leave the device; those that steps make anew one by one stay."""
-    return swap.features and len(plan.schedule.each) < 2
-
-
-def _planned(model: str, workload: Workload, budget: int, link: Link) -> SwapPlan:
-    try:
-        return plan_swaps(workload, budget, link)
-    except BudgetError as error:
-        raise BudgetError(f"{model}: {error}", error.reached) from None
-
-
-def _swap_budget(swap: Swap, period: _Period) -> int:
-    """Bytes as asked for; where nothing is, the least at which swapping takes no time, by prediction."""
-    if isinstance(swap.budget, int):
-        return swap.budget
-    if not period.cycle.cyclic:  # it begins with nothing on the device, and waits for that whatever the budget
-        return period.everything
-    if isinstance(swap.budget, str):
-        return int(float(swap.budget.removesuffix("%")) / 100 * period.everything)
-    low, high = max(floor_of(workload)[0] for workload in period.workloads), period.everything
-    for _ in range(_BISECTIONS):
-        middle = (low + high) // 2
-        if plan_swaps(period.cycle, middle, period.hardware.link).slowdown <= _NO_TIME - 1:
-            high = middle
-        else:
-            low = middle
-    return high
 
 
 def with_chunks(capture: Capture, plan: Plan, limit: Limit, *, cuda: bool | None = None) -> Plan:

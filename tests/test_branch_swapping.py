@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import lightcache_fx as lc
-from lightcache_fx import budgets
 from lightcache_fx import runtime as runtime_module
+from lightcache_fx import swap_periods
 from lightcache_fx.caching import Cache
 from lightcache_fx.compiled import Compiled
 from lightcache_fx.costs import CPU
@@ -41,7 +41,7 @@ PAIR = (0, 1)
 @pytest.fixture(autouse=True)
 def known_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans that do not depend on how fast this machine is just now."""
-    monkeypatch.setattr("lightcache_fx.budgets.hardware_of", lambda *_, **__: HARDWARE)
+    monkeypatch.setattr("lightcache_fx.swap_periods.hardware_of", lambda *_, **__: HARDWARE)
 
 
 def policy(budget: str | int | None, interval: int = 3, **settings: Any) -> Policy:
@@ -338,8 +338,8 @@ def test_a_later_branch_s_prologue_has_room_beside_what_earlier_ones_keep(
     cut: int | str, slots_that_stay: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hoisted values in any case, and the slot where it does not leave the device meanwhile."""
-    original, seen = budgets._planned, []
-    monkeypatch.setattr(budgets, "_planned", lambda *args: seen.append(args[1]) or original(*args))
+    original, seen = swap_periods._planned, []
+    monkeypatch.setattr(swap_periods, "_planned", lambda *args: seen.append(args[1]) or original(*args))
     call = latent(0, BATCH), torch.tensor(900.0), prompt(0)[:1]
     asked = Policy(cache=Cache(cut=cut, interval=3), swap=Swap(budget="65%"))
 

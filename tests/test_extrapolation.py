@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import lightcache_fx as lc
 from beside import OTHERS, check_beside
-from lightcache_fx import budgets
+from lightcache_fx import swap_periods
 from lightcache_fx.errors import BudgetError, PolicyError
 from lightcache_fx.extrapolation import coefficients
 from lightcache_fx.measure import measure_peak
@@ -247,7 +247,7 @@ def test_history_leaves_where_the_budget_wants_it(
     cache = lc.Cache(cut="up_blocks.3.attentions.1", order=3, **schedule)
     least = least_budget(model, steps[0], cache)
     with monkeypatch.context() as patched:
-        patched.setattr(budgets, "_may_leave", lambda *_: False)
+        patched.setattr(swap_periods, "may_move_history", lambda *_: False)
         before = least_budget(model, steps[0], cache)
     assert least < before
     policy = lc.Policy(cache=cache, swap=lc.Swap(budget=(least + before) // 2))

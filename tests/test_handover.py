@@ -37,7 +37,7 @@ NUM_STEPS = 5
 
 @pytest.fixture(autouse=True)
 def known_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightcache_fx.budgets.hardware_of", lambda *_, **__: HARDWARE)
+    monkeypatch.setattr("lightcache_fx.swap_periods.hardware_of", lambda *_, **__: HARDWARE)
 
 
 class Stage(nn.Module):

@@ -31,7 +31,7 @@ NUM_STEPS = 5
 def known_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans that do not depend on how fast this machine is just now."""
     hardware = Hardware(CPU, Link(to_device=2e9, from_device=1e9))
-    monkeypatch.setattr("lightcache_fx.budgets.hardware_of", lambda *_, **__: hardware)
+    monkeypatch.setattr("lightcache_fx.swap_periods.hardware_of", lambda *_, **__: hardware)
 
 
 def whole_bytes(branches: int) -> int:

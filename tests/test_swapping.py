@@ -38,7 +38,7 @@ NUM_STEPS = 8
 @pytest.fixture(autouse=True)
 def known_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans that do not depend on how fast this machine is just now."""
-    monkeypatch.setattr("lightcache_fx.budgets.hardware_of", lambda *_, **__: HARDWARE)
+    monkeypatch.setattr("lightcache_fx.swap_periods.hardware_of", lambda *_, **__: HARDWARE)
 
 
 def policy(budget: str | int | None = "60%", interval: int = INTERVAL, **settings: Any) -> Policy:
