@@ -439,6 +439,25 @@ def test_best_effort_of_one_thing_excuses_no_other() -> None:
         lc.plan(model, inputs, policy=Policy(chunk=chunk, memory_budget=int(0.5 * floor)))
 
 
+def test_what_best_effort_leaves_above_a_limit_is_searched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With best effort the least is not looked for, and so may be more than a limit of memory that could be kept."""
+    model, inputs = FeedForward().eval(), (torch.randn(2, 100, 16),)
+    floor = lc.plan(model, inputs, policy=Policy(chunk=Chunk(budget=1000, best_effort=True)))
+    limit = int(1.5 * (floor.weight_bytes + floor.chunks["full"].peak_after))
+    policy = Policy(chunk=Chunk(budget=1000, best_effort=True), memory_budget=limit, swap=Swap(weights=False))
+    plan_program, efforts = budgets.plan_program, []
+
+    def poor(graph: fx.Graph, request: Request) -> ChunkPlan:
+        efforts.append(request.best_effort)
+        return plan_program(graph, Request(None) if request.best_effort else request)
+
+    monkeypatch.setattr(budgets, "plan_program", poor)
+    plan = lc.plan(model, inputs, policy=policy)
+    assert set(efforts) == {True, False}
+    assert plan.chunks["full"].regions
+    assert plan.weight_bytes + plan.chunks["full"].peak_after <= limit
+
+
 def test_best_effort_of_nothing() -> None:
     for settings_of in (
         lambda: Chunk(layers=Layers(spatial=2, temporal=2), best_effort=True),
