@@ -1,11 +1,14 @@
 """Ways to decide what is reused, beside each other: quality and measured speed on the trained small models.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.methods               # all models, about two hours and a half on one core
+    OMP_NUM_THREADS=1 python -m benchmarks.methods               # all models, about two hours on one core
     python -m benchmarks.methods svd-sprites --clips 4 --families interval calibrated
+    python -m benchmarks.methods --only quality                  # which other work does not change
+    python -m benchmarks.methods --only speed                    # alone on the machine
 
-Quality is over held-out clips, against the same clip with every step in full; the speed of the whole pipeline is that
-of some of them, each beside the plain one. Calibrations and magnitudes come of other clips. What is done already is not
-done again: results/methods.json is written behind each family, and is kept where settings and code are the same.
+Quality is over held-out clips, against the same clip with every step in full. Calibrations and magnitudes come of other
+clips. Speed is that of the whole pipeline, of all settings of a model in turns, each beside the plain one, so that what
+the machine does meanwhile falls on all alike. What is done already is not done again: results/methods.json is written
+behind each family and each model's speeds, and is kept where settings and code are the same.
 
 `sd-random` is a picture U-Net shaped like Stable Diffusion's with random weights: what its pictures lose says nothing
 of trained ones, but steps that decide can be held against intervals of as many FLOPs there as well.
@@ -17,6 +20,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +36,7 @@ from benchmarks.common import (
     RESULTS,
     Goal,
     environment,
+    in_turns,
     markdown_table,
     pairwise_ratio,
     print_rows,
@@ -49,9 +54,9 @@ from lightcache_fx.quality import compare_videos
 STEPS = 25
 CLIPS = 32
 CALIBRATED_ON = (32, 33, 34)
-TIMED = 8
+ROUNDS = 6
 INTERVALS = (2, 3, 4, 5, 7)
-SPEEDS = (1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.5)
+SPEEDS = (1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 2.0, 2.2, 2.4, 2.7, 3.0, 3.5)
 VIOLINS = (1.5, 2.0, 2.6)
 """Speeds near which distributions are shown."""
 
@@ -207,40 +212,48 @@ def magnitude_ratios(model: Model, pipe: Any) -> list[float]:
     return [1.0, *(float((now / before.clamp_min(1e-8)).mean()) for before, now in pairwise(norms))]
 
 
-def measure(
-    name: str,
-    family: str,
-    pipe: Any,
-    plain: Sequence[Any],
-    timed: int,
-    known: dict[str, Any],
-    log: Callable[[str], None],
-) -> None:
-    """Measure a family against clips of full steps."""
-    model, clips = MODELS[name], len(plain)
+def measure_quality(
+    name: str, family: str, pipe: Any, plain: Sequence[Any], log: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """A family against clips of full steps: its rows, by key."""
+    model, clips, found = MODELS[name], len(plain), {}
     for setting, cache in ways(name, family, pipe, log):
-        key = f"{name}, {family}, {setting}"
-        fast = lc.transform_pipeline(pipe, lc.Policy(cache=cache))
+        key, policy = f"{name}, {family}, {setting}", lc.Policy(cache=cache)
+        fast = lc.transform_pipeline(pipe, policy)
         videos = [model.generate(fast, index, STEPS) for index in range(clips)]
-        pairs = [
-            tuple(seconds_of(lambda of=of, i=index: model.generate(of, i, STEPS)) for of in (pipe, fast))
-            for index in range(timed)
-        ]
         scores = [compare_videos(*pair, measures=("psnr", "ssim")) for pair in zip(plain, videos, strict=True)]
         report = lc.inspect(denoiser_of(fast))
-        plain_flops = (clips + timed) * STEPS * _branches(report) * report.plan.full_flops
-        speed = pairwise_ratio([one for one, _ in pairs], [other for _, other in pairs])
-        known[key] = {
+        plain_flops = clips * STEPS * _branches(report) * report.plan.full_flops
+        found[key] = {
             "model": name,
             "family": family,
             "setting": setting,
-            "speedup": speed.as_dict(),
-            "full_steps": report.counts["full"] / (clips + timed) / _branches(report),
+            "policy": policy.to_yaml(),
+            "full_steps": report.counts["full"] / clips / _branches(report),
             "flops": sum(report.programs[ran].flops * n for ran, n in report.counts.items()) / plain_flops,
             "psnr": [None if score.identical else float(score.psnr.mean) for score in scores],
             "ssim": [1.0 if score.identical else float(score.ssim.mean) for score in scores],
         }
-        log(f"{key}: {speed.median:.2f}x, {median_psnr(known[key]):.1f} dB")
+        log(f"{key}: {found[key]['flops']:.0%} of the FLOPs, {median_psnr(found[key]):.1f} dB")
+    return found
+
+
+def measure_speed(
+    name: str, pipe: Any, rows: Mapping[str, Mapping[str, Any]], rounds: int, log: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """How much faster than plain each row of a model is: all in turns, each beside a plain clip."""
+    generate = MODELS[name].generate
+    fast = {key: lc.transform_pipeline(pipe, lc.Policy.from_yaml(row["policy"])) for key, row in rows.items()}
+    for one in (pipe, *fast.values()):  # captures, and warms
+        generate(one, 0, STEPS)
+    pairs: dict[str, list[tuple[float, float]]] = {key: [] for key in rows}
+    for index, key in in_turns(list(rows), rounds):
+        plain, other = (seconds_of(lambda of=of, i=index: generate(of, i, STEPS)) for of in (pipe, fast[key]))
+        pairs[key].append((plain, other))
+    found = {key: pairwise_ratio(*zip(*of, strict=True)) for key, of in pairs.items()}
+    for key, speed in found.items():
+        log(f"{key}: {speed.format('{:.2f}')}x, {median_psnr(rows[key]):.1f} dB")
+    return {key: speed.as_dict() for key, speed in found.items()}
 
 
 def _branches(report: lc.Report) -> int:
@@ -259,12 +272,13 @@ def goals(rows: Mapping[str, Any]) -> list[Goal]:
     decide lose less than intervals of as many FLOPs.
     """
     found = []
+    timed = [row for row in rows.values() if "speedup" in row]
     for name, model in MODELS.items():
-        curve = sorted((r["speedup"]["median"], median_psnr(r)) for r in rows.values() if is_of(r, name, "calibrated"))
+        curve = sorted((r["speedup"]["median"], median_psnr(r)) for r in timed if is_of(r, name, "calibrated"))
         for family in FAMILIES[:-1] if model.trained else ():
             leads = [
                 float(np.interp(x, *zip(*curve, strict=True))) - median_psnr(row)
-                for row in rows.values()
+                for row in timed
                 if is_of(row, name, family) and curve and 1.3 <= (x := row["speedup"]["median"]) <= min(3, curve[-1][0])
             ]
             if leads:
@@ -276,12 +290,12 @@ def goals(rows: Mapping[str, Any]) -> list[Goal]:
 
 def _goals_of_deciding(rows: Mapping[str, Any], name: str) -> Iterator[Goal]:
     """By how much steps that decide lead intervals of as many FLOPs, in dB, at the least and in the middle."""
-    curve = sorted((r["flops"], median_psnr(r)) for r in rows.values() if is_of(r, name, "interval") and "flops" in r)
+    curve = sorted((r["flops"], median_psnr(r)) for r in rows.values() if is_of(r, name, "interval"))
     for family in ("first block", "summed changes"):
         leads = [
             median_psnr(row) - float(np.interp(row["flops"], *zip(*curve, strict=True)))
             for row in rows.values()
-            if is_of(row, name, family) and curve and curve[0][0] <= row.get("flops", 0) <= curve[-1][0]
+            if is_of(row, name, family) and curve and curve[0][0] <= row["flops"] <= curve[-1][0]
         ]
         if leads:
             label = f"{name}: {family} over interval at equal FLOPs"
@@ -303,9 +317,9 @@ def table(rows: Mapping[str, Any], name: str) -> tuple[Sequence[str], list[list[
         [
             row["family"],
             row["setting"],
-            f"{row['speedup']['median']:.2f}x ({row['speedup']['min']:.2f} to {row['speedup']['max']:.2f})",
+            "{median:.2f}x ({min:.2f} to {max:.2f})".format(**row["speedup"]) if "speedup" in row else "",
             f"{row['full_steps']:.1f}",
-            f"{row['flops']:.0%}" if "flops" in row else "",
+            f"{row['flops']:.0%}",
             f"{median_psnr(row):.1f}",
             f"{np.median(row['ssim']):.4f}",
         ]
@@ -318,11 +332,14 @@ def table(rows: Mapping[str, Any], name: str) -> tuple[Sequence[str], list[list[
 
 def draw(rows: Mapping[str, Any], folder: Path = FOLDER) -> None:
     """Above PSNR and SSIM over speed, below the distributions near three speeds; a row of pictures for each model."""
-    names = [name for name in MODELS if any(row["model"] == name for row in rows.values())]
+    timed = [row for row in rows.values() if "speedup" in row]
+    names = [name for name in MODELS if any(row["model"] == name for row in timed)]
+    if not names:
+        return
     with written("methods", folder, figsize=(13, 4.4 * len(names))) as figure:
         panels = figure.subplots(len(names), 3, squeeze=False)
         for line, name in zip(panels, names, strict=True):
-            of_model = [row for row in rows.values() if row["model"] == name]
+            of_model = [row for row in timed if row["model"] == name]
             _curves(line[0], of_model, median_psnr, f"{name}: PSNR, dB")
             _curves(line[1], of_model, lambda row: float(np.median(row["ssim"])), f"{name}: SSIM")
             _violins(line[2], of_model, f"{name}: PSNR by clip, dB")
@@ -369,13 +386,30 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The results so far."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {"rows": {}, "measured": {}, "timed": {}} | result
+
+
+@contextmanager
+def changed(path: Path) -> Iterator[dict[str, Any]]:
+    """The results so far, to be changed; written at the end, at once, so that models can be measured side by side."""
+    result = read(path)
+    yield result
+    result["environment"] = environment()
+    result["goals"] = {goal.name: goal.as_dict() for goal in goals(result["rows"])}
+    write_json(path, result)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--clips", type=int, default=CLIPS)
-    parser.add_argument("--timed", type=int, default=TIMED)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of speeds")
+    parser.add_argument("--only", choices=("quality", "speed"), help="measure this; speeds want the machine alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--draw", action="store_true", help="draw anew, measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / "methods.json")
@@ -383,30 +417,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     console, log = Console(width=150), Console(stderr=True).print
-    result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    result.setdefault("rows", {})
-    result.setdefault("measured", {})
     code = _digest()
-    for name in [] if options.draw else options.models or MODELS:
+    names = options.models or list(MODELS)
+    for name in [] if options.draw else names:
         pipe = MODELS[name].load()
-        plain: list[Any] = []
-        for family in options.families:
-            by = {"code": code, "clips": options.clips, "timed": options.timed, "steps": STEPS}
-            if result["measured"].get(f"{name}, {family}") == by:
+        if options.only != "speed":
+            by = {"code": code, "clips": options.clips, "steps": STEPS}
+            plain: list[Any] = []
+            for family in options.families:
+                if read(options.out)["measured"].get(f"{name}, {family}") == by:
+                    continue
+                plain = plain or [MODELS[name].generate(pipe, index, STEPS) for index in range(options.clips)]
+                found = measure_quality(name, family, pipe, plain, log)
+                with changed(options.out) as result:
+                    others = {key: row for key, row in result["rows"].items() if not is_of(row, name, family)}
+                    result["rows"] = others | found
+                    result["measured"][f"{name}, {family}"] = by
+        if options.only != "quality":
+            result = read(options.out)
+            rows = {key: row for key, row in result["rows"].items() if row["model"] == name}
+            by = {"code": code, "rounds": options.rounds, "steps": STEPS}
+            if result["timed"].get(name) == by and all("speedup" in row for row in rows.values()):
                 continue
-            result["rows"] = {key: row for key, row in result["rows"].items() if not is_of(row, name, family)}
-            plain = plain or [MODELS[name].generate(pipe, index, STEPS) for index in range(options.clips)]
-            measure(name, family, pipe, plain, options.timed, result["rows"], log)
-            result["measured"][f"{name}, {family}"] = by
-            result["environment"] = environment()
-            result["goals"] = {goal.name: goal.as_dict() for goal in goals(result["rows"])}
-            write_json(options.out, result)
+            speeds = measure_speed(name, pipe, rows, options.rounds, log)
+            with changed(options.out) as result:
+                result["timed"][name] = by
+                for key, speed in speeds.items():
+                    result["rows"][key]["speedup"] = speed
+    result = read(options.out)
     page = ["# Methods", ""]
     for name in MODELS:
-        columns, rows = table(result["rows"], name)
-        if rows:
-            print_rows(name, columns, rows, console)
-            page += [f"## {name}", "", *markdown_table(columns, rows), ""]
+        columns, cells = table(result["rows"], name)
+        if cells:
+            print_rows(name, columns, cells, console)
+            page += [f"## {name}", "", *markdown_table(columns, cells), ""]
     reached = [[goal.name, f"{goal.value:.2f}", goal.format()] for goal in goals(result["rows"])]
     if reached:
         page += ["## Goals", "", *markdown_table(("", "value", "goal"), reached), ""]

@@ -15,7 +15,7 @@ from benchmarks import methods, soak
 def row(family: str, speed: float, psnr: float | None) -> dict[str, Any]:
     spread = {"median": speed, "min": speed, "max": speed, "count": 1}
     known = {"model": "svd-sprites", "family": family, "setting": f"{speed}", "speedup": spread}
-    return known | {"full_steps": 5.0, "psnr": [psnr], "ssim": [0.9]}
+    return known | {"full_steps": 5.0, "flops": 0.9, "psnr": [psnr], "ssim": [0.9]}
 
 
 def test_goals_by_hand() -> None:
@@ -60,14 +60,16 @@ def test_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "CALIBRATED_ON", (3,))
     monkeypatch.setattr(methods, "THRESHOLDS", {family: {"latte-sprites": (0.5,)} for family in methods.THRESHOLDS})
     out = tmp_path / "methods.json"
-    given = ["latte-sprites", "--clips", "1", "--timed", "1", "--out", str(out), "--pictures", str(tmp_path)]
+    given = ["latte-sprites", "--clips", "1", "--rounds", "1", "--out", str(out), "--pictures", str(tmp_path)]
     methods.main(given)
     result = json.loads(out.read_text())
     assert {one["family"] for one in result["rows"].values()} == set(methods.FAMILIES)
     assert all(1 <= one["full_steps"] < 4 for one in result["rows"].values())
+    assert all(0 < one["flops"] <= 1 and one["speedup"]["count"] == 1 for one in result["rows"].values())
     assert (tmp_path / "methods.png").stat().st_size > 10_000
     assert "| calibrated | " in out.with_suffix(".md").read_text()
-    monkeypatch.setattr(methods, "measure", None)  # what is there is not measured again
+    for measured in ("measure_quality", "measure_speed"):  # what is there is not measured again
+        monkeypatch.setattr(methods, measured, None)
     methods.main(given)
     assert json.loads(out.read_text())["rows"] == result["rows"]
 
