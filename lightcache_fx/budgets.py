@@ -212,7 +212,7 @@ def with_swaps(
     residence = found.residence
     if not cycle.cyclic and (takes_turns or residence.stays):
         residence = leaving_after_use(residence, cycle)
-    if plan.highest_order:
+    if plan.highest_order or len(plan.schedule.each) > 1:
         residence = none_dropped(residence, cycle)
     if not swap.prefetch:
         residence = when_needed(residence, cycle)

@@ -104,10 +104,10 @@ def last_call(plan: Plan, calls: int) -> int:
         return 0
     last = max(1, calls // swap.branches) - 1
     schedule, step = plan.schedule, 0
-    since_full = last - max(step for step in range(last + 1) if step == 0 or schedule.is_full(step, last + 1))
-    if since_full and len(swap.names) > swap.branches:
-        name, before = (program_name(schedule.fresh(i, last + 1), len(schedule.each)) for i in (last, last - 1))
-        step = swap.step_for(name, before, since_full, schedule.steps_to_full(last, last + 1))
+    full = max(step for step in range(last + 1) if step == 0 or schedule.is_full(step, last + 1))
+    if full < last and len(swap.names) > swap.branches:
+        *before, name = (program_name(schedule.fresh(i, last + 1), len(schedule.each)) for i in range(full, last + 1))
+        step = swap.step_for(name, before, schedule.steps_to_full(last, last + 1))
     return (step + 1) * swap.branches - 1
 
 

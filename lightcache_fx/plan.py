@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -89,7 +90,7 @@ class Plan:
     def period(self) -> tuple[str, ...]:
         """The programs of the steps from one full step to the next; of a long interval, so many as are told apart.
 
-        Of several caches, the steps until each program has run, or until they repeat.
+        Of several caches, the longest such stretch, and one step more for each program that is not in it.
         """
         if self.cut is None:
             return ("full",)
@@ -97,8 +98,9 @@ class Plan:
         count = len(self.schedule.each)
         if count > 1:
             combined = [program_name(fresh, count) for fresh in self.schedule.combinations()]
-            first = combined.index("full", 1) if "full" in combined[1:] else len(combined)
-            steps = combined[: min(first, longest)]
+            full = [step for step, name in enumerate(combined) if name == "full"]
+            begin, end = max(pairwise([*full, len(combined)]), key=lambda ends: ends[1] - ends[0])
+            steps = combined[begin : min(end, begin + longest)]
             return (*steps, *(name for name in dict.fromkeys(combined) if name not in steps))
         return ("full", *["reuse"] * (self.schedule.longest_interval(longest) - 1))
 
@@ -133,7 +135,7 @@ class Plan:
 
     @property
     def history_bytes(self) -> int:
-        """Bytes of what earlier full steps kept, where slots are extrapolated; it stays on the device."""
+        """Bytes of what earlier full steps kept, where slots are extrapolated."""
         return sum(self.order_of(slot.cache) * slot.num_bytes for slot in self.slots)
 
     @property

@@ -124,8 +124,7 @@ class Branch:
         steady: whether a later call came with the very same tensors as the one before it.
         repeats: how often a timestep came twice.
         stores: values kept for reuse steps, values computed once a generation, and copies of both on the device.
-        since_full: how many calls came since the last full one.
-        ran: the program of the last call.
+        ran: the programs of its calls from the last full one on.
         derived: what guidance branches are derived from and by.
         decision: what an adaptive schedule has seen of it.
         hoisted_key: of the inputs that the hoisted values hold for.
@@ -137,12 +136,16 @@ class Branch:
     steady: bool = False
     repeats: int = 0
     stores: Stores = field(default_factory=Stores)
-    since_full: int = 0
-    ran: str = ""
+    ran: tuple[str, ...] = ()
     derived: Derived = field(default_factory=Derived)
     decision: Decision = field(default_factory=Decision)
     hoisted_key: tuple[object, ...] | None = None
     hoisted_sources: Sequence[torch.Tensor] = ()  # held, so that an identity in the key stays that tensor's
+
+    @property
+    def since_full(self) -> int:
+        """How many calls came since the last full one."""
+        return max(0, len(self.ran) - 1)
 
 
 @dataclass(frozen=True)

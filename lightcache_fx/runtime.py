@@ -479,8 +479,7 @@ class Runtime:
             branch.decision.begin_full()
         if compiled.plan.probe is not None:
             branch.stores.keep_indicator(always=self._rule is not None and self._rule.since == "step", full=is_full)
-        branch.since_full = 0 if is_full else branch.since_full + 1
-        branch.ran = kind
+        branch.ran = (kind,) if is_full else (*branch.ran, kind)
         moment = Moment([member.stores for member in members])
         if num_steps is not None:
             count, steps_left = compiled.plan.branches, max(0, num_steps - 1 - position.step)
@@ -578,7 +577,7 @@ class Runtime:
         step, variant = 1, name
         if plan.swap is not None and len(plan.swap.names) > plan.branches:
             ahead = schedule.steps_to_full(position.step, num_steps)
-            step = plan.swap.step_for(name, branch.ran, branch.since_full + 1, ahead)
+            step = plan.swap.step_for(name, branch.ran, ahead)
             variant = plan.swap.variants[step * plan.branches + place]
         has_all = all(slot in branch.stores for slot in compiled.bound[variant].slots_read)
         return (name, step * plan.branches + place) if has_all else full

@@ -48,6 +48,7 @@ class Period:
         branches: how many calls a denoising step has.
         history: by program, the older values of slots that it fetches by itself.
         waits: seconds of the cycle in which reads wait for those.
+        all_stays: whether there is room for what the prologue reads beside the steps; their calls count it then.
     """
 
     names: tuple[str, ...]
@@ -58,6 +59,7 @@ class Period:
     branches: int
     history: Mapping[str, HistoryReads] = field(default_factory=dict)
     waits: float = 0.0
+    all_stays: bool = False
 
     @property
     def workloads(self) -> list[Workload]:
@@ -100,7 +102,7 @@ def planned_period(
     if budget is None and swap.budget is None:
         found = [(period, _planned(plan.model, period.cycle, _swap_budget(swap, period), link)) for period in periods]
         in_time = [pair for pair in found if pair[1].simulation.seconds <= _NO_TIME * resident.cycle.seconds]
-        return min(in_time or found[:1], key=lambda pair: pair[1].budget)
+        return _kept_whole(plan.model, *min(in_time or found[:1], key=lambda pair: pair[1].budget))
     asked = _swap_budget(swap, resident) if budget is None else budget
     found, refusals = [], []
     for period in periods:
@@ -110,12 +112,21 @@ def planned_period(
             refusals.append(error)
     if not found:
         raise refusals[-1]  # the one that needs least
-    return min(found, key=lambda pair: pair[1].simulation.seconds)
+    return _kept_whole(plan.model, *min(found, key=lambda pair: pair[1].simulation.seconds))
+
+
+def _kept_whole(model: str, period: Period, found: SwapPlan) -> tuple[Period, SwapPlan]:
+    """Where there is room for everything, what the prologue alone reads stays on the device beside the steps."""
+    if period.prologue is None or period.everything > found.budget:
+        return period, found
+    movables = period.prologue.movables.items()
+    beside = _beside(period.cycle, sum(m.num_bytes for name, m in movables if name not in period.cycle.movables))
+    return replace(period, cycle=beside, all_stays=True), _planned(model, beside, found.budget, period.hardware.link)
 
 
 def may_move_history(plan: Plan, swap: Swap) -> bool:
     """Whether there are older values of slots that may be away."""
-    return plan.history_bytes > 0 and _moves_features(plan, swap)
+    return plan.history_bytes > 0 and swap.features
 
 
 def prologue_transfers(model: str, period: Period, found: SwapPlan) -> tuple[Transfers, bool]:
@@ -123,7 +134,7 @@ def prologue_transfers(model: str, period: Period, found: SwapPlan) -> tuple[Tra
 
     Where it has, a branch's prologue does not cost fetching them anew; the room is what the steps take at their peak.
     """
-    if period.prologue is None or period.everything <= found.budget:
+    if period.prologue is None or period.all_stays:
         return Transfers(), True
     slots, link = _slot_bytes_between(found.residence, period.cycle, period.branches), period.hardware.link
     beside, keeps_residents = _beside(period.prologue, slots + found.resident_bytes), True
@@ -181,9 +192,8 @@ def period_of(
     on_cuda = timeline(graphs["full"], cuda=cuda).cuda
     hardware = hardware or hardware_of(graphs["full"], cuda=on_cuda, folder=swap.folder)
     least, fixed = least_movable(plan.weight_bytes), set[str]()
-    features = _moves_features(plan, swap)
     for graph in graphs.values():
-        fixed |= fixed_inputs(graph, least=least, weights=swap.weights, features=features)
+        fixed |= fixed_inputs(graph, least=least, weights=swap.weights, features=swap.features)
     if "probe" in graphs:  # which runs before it is known what comes
         fixed |= {input_of(n).name for n in placeholders(graphs["probe"]) if input_of(n).kind == "weight"}
     programs = {name: priced(name, graph, hardware.machine, fixed, cuda=cuda) for name, graph in graphs.items()}
@@ -217,11 +227,6 @@ def period_of(
     prologue = workload_of([programs["prologue"]], held, cyclic=False) if "prologue" in programs else None
     waited = sum(waits.get(name, 0.0) for name in names)
     return Period(names, cycle, prologue, hardware, on_cuda, branches, history, waited)
-
-
-def _moves_features(plan: Plan, swap: Swap) -> bool:
-    """Whether slots may leave the device; those that steps make anew one by one stay."""
-    return swap.features and len(plan.schedule.each) < 2
 
 
 def _planned(model: str, workload: Workload, budget: int, link: Link) -> SwapPlan:

@@ -128,7 +128,10 @@ def taken_at_begin(transfers: Transfers, workload: Workload) -> Transfers:
 
 
 def none_dropped(residence: Residence, workload: Workload) -> Residence:
-    """The same, but every slot that leaves the device has a copy at home: the next full step makes history of it."""
+    """The same, but every slot that leaves the device has a copy at home, for whatever comes behind the period.
+
+    A full step makes history of it, and of several caches a step that is not in the period may read it.
+    """
     movables = workload.movables
     stays = [
         replace(stay, offloaded=True) if stay.made and movables[stay.name].kind == "slot" else stay

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 
 from torch import fx
 from torch._ops import OpOverload
@@ -160,33 +161,38 @@ class SwapSchedule:
             f" would take {format_bytes(plan.peak_bytes + plan.movable_bytes - plan.resident_bytes)} at most"
         )
 
-    def step_for(self, name: str, before: str, since_full: int, until_full: int | None) -> int:
+    def step_for(self, name: str, before: Sequence[str], until_full: int | None) -> int:
         """The step of the period that a step is most like.
 
         Where all but the first are reuse steps, by its distance from the full steps around it: the last step of a
         period drops the slots, so it is taken only before a full step, or where there is but one. Otherwise by its
-        program and by that before it, whose copies it is handed.
+        program and by those before it, as far back as these are alike: the last one hands it copies.
 
         Args:
             name: of the step's program; in the period.
-            before: the name of the program of the step before.
-            since_full: how many steps ago the last full one was.
+            before: the programs of the steps from the last full one on, in order.
             until_full: how many steps ahead the next full one is, where that is known.
         """
         steps = self.names[:: self.branches]
         if set(steps) - {"full", "reuse"}:
             found = [step for step, program in enumerate(steps) if program == name]
-            return next((step for step in found if steps[step - 1] == before), found[0])
+            return max(found, key=lambda step: _alike_at_the_end(steps[:step], before))
         count = len(steps)
         if until_full is not None:
             return max(1, count - until_full)
-        return min(since_full, max(1, count - 2))
+        return min(len(before), max(1, count - 2))
 
     @cached_property
     def slot_places(self) -> tuple[tuple[Mapping[str, SlotPlace], ...], ...]:
         """For each call, where the slots of each branch are when it begins, by their names in programs."""
         residence, workload = self.plan.residence, self.workload
         return tuple(places_of_slots(residence, workload, call, self.branches) for call in range(len(self.names)))
+
+
+def _alike_at_the_end(some: Sequence[str], others: Sequence[str]) -> int:
+    """How many of the last entries are the same."""
+    pairs = zip(reversed(some), reversed(others), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _handed_over(transfers: Transfers) -> frozenset[str]:

@@ -321,7 +321,7 @@ def test_each_branch_has_a_history_of_its_own() -> None:
 
 
 def test_bytes_and_waits_of_history_by_hand() -> None:
-    """Two copies of 60 and 40 bytes at 10 bytes a second: begun with the program, read by its third and fourth calls."""
+    """Two copies of 60 and 40 bytes at 10 bytes a second: begun at first, read by the third and fourth call."""
     ops = tuple(
         Op(name, seconds, 100) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0), ("d", 8.0), ("e", 1.0))
     )

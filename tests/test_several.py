@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from beside import OTHERS, check_beside
 from elsewhere import run_elsewhere
 from lightcache_fx.caching import Cache
 from lightcache_fx.cuts import matching
-from lightcache_fx.errors import CutError, PolicyError
+from lightcache_fx.errors import BudgetError, CutError, PolicyError
 from lightcache_fx.measure import measure_peak
 from lightcache_fx.schedule import Schedules, fresh_of, program_name
 from oracle import HookOracle, ResidualOracle, assert_bitwise, hooked_step, plain_step, storage_bytes
@@ -297,6 +298,66 @@ def test_the_peak_is_as_planned(swap: lc.Swap) -> None:
     measured = measure_peak(run).peak_bytes + fixed
     assert 0.95 * plan.swap.plan.peak_bytes <= measured <= plan.swap.plan.peak_bytes
     lc.restore(fast)
+
+
+SHORT = [lc.Cache(cut="blocks.*.attn1", interval=2), lc.Cache(cut="blocks.*.attn2", interval=3, order=1)]
+LONG = [lc.Cache(cut="blocks.*.attn1", interval=11, first=3), lc.Cache(cut="blocks.*.ffn", steps=[0, 3, 4, 9])]
+
+
+@pytest.mark.parametrize("caches", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("share", [1.0, pytest.param(1.3, marks=pytest.mark.slow)])
+def test_slots_leave_the_device(caches: list[lc.Cache], share: float) -> None:
+    """Of two guidance branches, also over more steps than are planned; behind a run broken off; as high as planned."""
+    model, make_inputs = ZOO["wan"].build()
+    runs = [run_inputs(make_inputs, 0, 13), run_inputs(make_inputs, 1, 13)]
+
+    def generate(fast: Any, last: int = 13, *, keep: bool = True) -> list[torch.Tensor]:
+        found = []
+        with lc.marked_run(13):
+            for calls in list(zip(*runs, strict=True))[:last]:
+                for branch, inputs in enumerate(calls):
+                    with lc.branch_name(str(branch)):
+                        found += plain_step(fast, **inputs)[: 1 if keep else 0]
+                lc.step_done()
+        return found
+
+    stays = lc.transform(copy.deepcopy(model), lc.Policy(cache=caches))
+    expected = generate(stays)
+    with pytest.raises(BudgetError) as refused:
+        lc.plan(model, kwargs=runs[0][0], policy=lc.Policy(cache=caches, calls_per_step=2, swap=lc.Swap(budget=1)))
+    assert refused.value.reached is not None
+    swap = lc.Swap(budget=int(share * refused.value.reached))
+    fast = lc.transform(copy.deepcopy(model), lc.Policy(cache=caches, calls_per_step=2, swap=swap))
+    generate(fast, 5)
+    assert_bitwise(generate(fast), expected, "behind a run that was broken off")
+    programs = [[run.program.partition("_")[0] for run in lc.inspect(one).timeline] for one in (fast, stays)]
+    assert programs[0] == programs[1]
+    planned = lc.inspect(fast).plan.swap
+    left = {movable.plain_name for stay in planned.plan.residence.stays if stay.offloaded
+            for movable in [planned.workload.movables[stay.name]]}  # fmt: skip
+    assert {slot.name for slot in lc.inspect(fast).plan.slots} == left, "of each cache"
+    lc.reset(fast)
+    fixed = sum(weight.nbytes for name, weight in model.named_parameters() if name not in planned.weights)
+    measured = measure_peak(lambda: generate(fast, keep=False)).peak_bytes + fixed
+    assert 0.95 * planned.plan.peak_bytes <= measured <= planned.plan.peak_bytes
+    lc.restore(fast)
+
+
+def test_a_period_is_the_longest_stretch_between_full_steps() -> None:
+    """Three full steps at first and one at the end: the steps between them, as far as they are told apart."""
+    model, make_inputs = ZOO["wan"].build()
+    ends = {"first": 3, "last": 1, "num_steps": 10}
+    caches = [lc.Cache(cut="blocks.*.attn1", interval=2, **ends), lc.Cache(cut="blocks.*.attn2", interval=3, **ends)]
+    swap = lc.plan(model, kwargs=make_inputs(0), policy=lc.Policy(cache=caches, swap=lc.Swap())).swap
+    assert swap is not None
+    assert swap.names == ("full", "fresh1", "fresh0", "reuse")  # steps 2 to 5; 6, a multiple of both, is full again
+    assert [swap.step_for("fresh1", ["full", *before], None) for before in ([], ["fresh0"])] == [1, 1]
+    again = replace(swap, names=("full", "reuse", "fresh0", "reuse", "fresh1", "reuse", "fresh0"))
+    before = ["full", "reuse", "fresh0", "reuse", "fresh1", "reuse"]
+    assert [again.step_for(before[step], before[:step], None) for step in range(1, 6)] == [1, 2, 3, 4, 5]
+    assert again.step_for("fresh0", before, None) == 6
+    assert again.step_for("reuse", ["full", "fresh1", "fresh1"], None) == 5, "as far back as they are alike"
+    assert again.step_for("reuse", ["fresh0"], None) == 3
 
 
 def test_guidance_branches_and_runs() -> None:

@@ -565,9 +565,9 @@ def test_pipelines_that_cannot_be_planned() -> None:
 def test_a_reuse_step_takes_the_program_of_a_step_as_far_from_the_next_full_one() -> None:
     swap = planned(policy("40%", interval=5)).swap
     assert swap is not None
-    assert [swap.step_for("reuse", "", since, 5 - since) for since in (1, 2, 3, 4)] == [1, 2, 3, 4]
-    assert [swap.step_for("reuse", "", 1, ahead) for ahead in (9, 5, 4, 1)] == [1, 1, 1, 4]
-    later = [swap.step_for("reuse", "", since, None) for since in (1, 3, 4, 9)]
+    assert [swap.step_for("reuse", ["full"] * since, 5 - since) for since in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert [swap.step_for("reuse", ["full"], ahead) for ahead in (9, 5, 4, 1)] == [1, 1, 1, 4]
+    later = [swap.step_for("reuse", ["full"] * since, None) for since in (1, 3, 4, 9)]
     assert later == [1, 3, 3, 3], "the last drops the slots"
 
 
