@@ -25,6 +25,7 @@ from lightcache_fx.schedule import Schedule
 from lightcache_fx.swapping import SwapSchedule
 from lightcache_fx.transfers import copy_bytes, engine_of, recorded_copies
 from lightcache_fx.workload import Link
+from oracle import plain_step
 from pipelines import PIPELINES, SMALL
 from swap_cases import interrupted_at
 from toys import Tower, latent, prompt
@@ -227,6 +228,27 @@ def test_the_budget_is_kept_and_the_peak_is_as_planned(share: str) -> None:
     assert measured <= swap.plan.peak_bytes
     assert measured == pytest.approx(swap.plan.peak_bytes, rel=0.05)
     assert swap.plan.peak_bytes <= swap.plan.budget
+
+
+def test_the_peak_where_everything_stays_counts_what_the_prologue_reads() -> None:
+    """With room for everything, weights that only the prologue reads are on the device during the steps as well."""
+    model, make_inputs = ZOO["wan"].build()
+    cache = lc.Cache(cut="blocks.1", interval=3)
+    swapped = lc.transform(copy.deepcopy(model), Policy(cache=cache, swap=Swap(budget=2**30)))
+    steps = run_inputs(make_inputs, 0, 4)
+
+    def run() -> None:
+        lc.reset(swapped)
+        for inputs in steps:
+            plain_step(swapped, **inputs)
+
+    run()
+    swap = swap_of(swapped)
+    assert not swap.moves
+    assert swap.once.movables.keys() - swap.workload.movables.keys(), "what only the prologue reads"
+    lc.reset(swapped)
+    measured = measure_peak(run).peak_bytes + small_weights(model, swap)
+    assert 0.95 * swap.plan.peak_bytes <= measured <= swap.plan.peak_bytes
 
 
 def test_nothing_is_on_the_device_after_a_run() -> None:
