@@ -82,6 +82,12 @@ def test_what_is_drawn_is_told_by_the_seed() -> None:
     assert 10 < sum(drawn["broken_off"] is not None for drawn in many) < 50
 
 
+def test_what_generations_add_by_hand() -> None:
+    """Of the last four of six, the fourth made programs, and the last one leaves 3 of the 100 at the end."""
+    assert soak.added([10, 50, 49, 97, 97, 100], [0, 1, 3]) == pytest.approx((3 - 1) / 100)
+    assert soak.added([10], [0]) == 0
+
+
 @pytest.mark.slow
 def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "CHECKED", 3)
