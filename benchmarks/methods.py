@@ -53,7 +53,7 @@ from lightcache_fx.quality import compare_videos
 
 STEPS = 25
 CLIPS = 32
-CALIBRATED_ON = (32, 33, 34)
+CALIBRATED_ON = tuple(range(32, 40))
 ROUNDS = 6
 INTERVALS = (2, 3, 4, 5, 7)
 SPEEDS = (1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 2.0, 2.2, 2.4, 2.7, 3.0, 3.5)
@@ -422,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in [] if options.draw else names:
         pipe = MODELS[name].load()
         if options.only != "speed":
-            by = {"code": code, "clips": options.clips, "steps": STEPS}
+            by = {"code": code, "clips": options.clips, "calibrated_on": len(CALIBRATED_ON), "steps": STEPS}
             plain: list[Any] = []
             for family in options.families:
                 if read(options.out)["measured"].get(f"{name}, {family}") == by:

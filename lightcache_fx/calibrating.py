@@ -78,7 +78,7 @@ def calibrate(
         pipe: a diffusers pipeline that is not transformed.
         inputs: what to generate: a prompt, a mapping of arguments of the call, or a function that is given the pipeline
             and returns frames or images in 0..1. Prompts and mappings without a generator get one, seeded by their
-            place.
+            place. With few, what suits these is taken for what suits the model: better eight than three.
         cuts: what to try to keep, as `Cache.cut`; None tries branch 0 and 1 of a U-Net, and the residuals of all of the
             model's blocks and of all but the first and the last.
         orders: of the expansions to try.
