@@ -34,7 +34,7 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int, name: str
     Invariant: the new inputs come last; the outputs are the model's own.
     """
     by_slot = {input_of(node).name: node for node in placeholders(graph) if input_of(node).kind == "slot"}
-    read = [by_slot[slot.name] for slot in slots if slot.name in by_slot]
+    read = [by_slot[slot.name] for slot in slots if slot.name in by_slot and by_slot[slot.name].users]
     if not order or not read:
         return PassResult(graph, False)
     given = [input_of(node) for node in placeholders(graph)]
@@ -66,7 +66,7 @@ def extrapolate(graph: fx.Graph, *, slots: Sequence[Slot], order: int, name: str
     places = {node: place for place, node in enumerate(graph.nodes)}
     for slot, differences in values.items():
         users = sorted(slot.users, key=places.__getitem__)
-        with graph.inserting_before(users[0] if users else point):  # until then a copy of it may be on its way
+        with graph.inserting_before(users[0]):  # until then a copy of it may be on its way
             total = _expansion(graph, differences, numbers[:order], numbers[order:])
         for user in users:
             user.replace_input_with(slot, total)

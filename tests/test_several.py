@@ -343,6 +343,30 @@ def test_slots_leave_the_device(caches: list[lc.Cache], share: float) -> None:
     lc.restore(fast)
 
 
+def test_a_slot_that_a_program_does_not_read_has_no_history_there() -> None:
+    """The last block's attention over the text ends in its own feed-forward layer, which another cache saves."""
+    model, make_inputs = ZOO["cogvideox"].build()
+    caches = [
+        lc.Cache(cut="transformer_blocks.*.attn1", interval=4, order=1),
+        lc.Cache(cut="transformer_blocks.*.ff", interval=3, order=1),
+    ]
+    steps = run_inputs(make_inputs, 0, 7)
+    stays = lc.transform(copy.deepcopy(model), lc.Policy(cache=caches))
+    expected = [plain_step(stays, **inputs) for inputs in steps]
+    inputs = lc.inspect(stays).programs["reuse"].inputs
+    slots, older = ({given.name for given in inputs if given.kind == kind} for kind in ("slot", "history"))
+    assert len(older) < len(slots), "one is not read"
+    assert older < {f"{name}_before_1" for name in slots}
+    with pytest.raises(BudgetError) as refused:
+        lc.plan(model, kwargs=steps[0], policy=lc.Policy(cache=caches, swap=lc.Swap(budget=1)))
+    assert refused.value.reached is not None
+    fast = lc.transform(model, lc.Policy(cache=caches, swap=lc.Swap(budget=refused.value.reached)))
+    for step, inputs in enumerate(steps):
+        assert_bitwise(plain_step(fast, **inputs), expected[step], f"step {step}")
+    assert lc.inspect(fast).plan.swap.history_away
+    lc.restore(fast)
+
+
 def test_a_period_is_the_longest_stretch_between_full_steps() -> None:
     """Three full steps at first and one at the end: the steps between them, as far as they are told apart."""
     model, make_inputs = ZOO["wan"].build()
