@@ -53,7 +53,7 @@ from lightcache_fx.quality import compare_videos
 
 STEPS = 25
 CLIPS = 32
-CALIBRATED_ON = tuple(range(32, 40))
+CALIBRATED_ON = tuple(range(32, 39))
 ROUNDS = 6
 INTERVALS = (2, 3, 4, 5, 7)
 SPEEDS = (1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 2.0, 2.2, 2.4, 2.7, 3.0, 3.5)

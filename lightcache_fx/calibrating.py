@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from lightcache_fx.runtime import Runtime
 from lightcache_fx.schedule import Schedule, Schedules
 from lightcache_fx.scheduling import best_schedules
 from lightcache_fx.stores import Stores
+
+if TYPE_CHECKING:
+    from lightcache_fx.quality import Quality
 
 log = logging.getLogger(__name__)
 
@@ -269,14 +272,14 @@ class _Trial:
                 compare_videos(plain, self._generate(fast, place), measures=("psnr", "ssim"))
                 for place, plain in enumerate(self.plain)
             ]
-        differing = [score for score in scores if not score.identical]
+        psnr, ssim = _in_the_middle(scores)
         return Point(
             cut=self._cut,
             order=order,
             full_steps=list(steps),
             speedup=self.plan.speedup_of(len(steps), self.num_steps),
-            psnr=float(np.mean([score.psnr.mean for score in differing])) if differing else None,  # type: ignore[union-attr]
-            ssim=float(np.mean([1.0 if score.identical else score.ssim.mean for score in scores])),  # type: ignore[union-attr]
+            psnr=psnr,
+            ssim=ssim,
         )
 
 
@@ -357,6 +360,12 @@ def _share_left(older: _Kept, newer: _Kept, now: _Kept, ahead: float) -> float:
         moved = _rms_of(value - other)
         shares.append(_rms_of(value - other - ahead * (other - one)) / moved if moved else 0.0)
     return math.sqrt(sum(share**2 for share in shares) / len(shares))
+
+
+def _in_the_middle(scores: Sequence[Quality]) -> tuple[float | None, float]:
+    """The medians of PSNR and SSIM; None for a PSNR that is infinite."""
+    psnr, ssim = (float(np.median([score.figure(name) for score in scores])) for name in ("psnr", "ssim"))
+    return None if math.isinf(psnr) else psnr, ssim
 
 
 @contextmanager
