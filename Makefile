@@ -41,10 +41,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP) ## Run the tests (ARGS='-k cache' is passed to pytest)
-	@$(BIN)/python -m pytest -n $(JOBS) -m 'not slow' $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
 
 test-all: $(STAMP) ## Run the slow tests too, which repeat the others on more models
-	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 demo: $(STAMP) ## Make one video, plain and accelerated, into out/demo
 	@$(BIN)/python examples/demo.py --out out/demo $(ARGS)
@@ -68,7 +68,7 @@ format: $(STAMP) ## Rewrite the sources in the project's format
 	@$(BIN)/ruff format .
 
 golden: $(STAMP) ## Record the golden files again (read the diff before you commit it)
-	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: $(STAMP) ## Run benchmarks/denoise.py
 	@$(BIN)/python -m benchmarks.denoise $(ARGS)

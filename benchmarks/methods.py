@@ -53,7 +53,7 @@ from lightcache_fx.quality import compare_videos
 
 STEPS = 25
 CLIPS = 32
-CALIBRATED_ON = tuple(range(32, 39))
+CALIBRATED_ON = tuple(range(32, 48))
 ROUNDS = 6
 INTERVALS = (2, 3, 4, 5, 7)
 SPEEDS = (1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 2.0, 2.2, 2.4, 2.7, 3.0, 3.5)
@@ -181,13 +181,19 @@ def ways(name: str, family: str, pipe: Any, log: Callable[[str], None]) -> Itera
                     [lc.Cache(cut=cut, interval=n, first=2, last=2, num_steps=STEPS) for cut, n in kinds],
                 )
         case _:
-            inputs = [lambda pipe, index=index: model.generate(pipe, index, STEPS) for index in CALIBRATED_ON]
-            found = lc.calibrate(pipe, inputs, points=12, progress=log)
+            found = calibrated(name, pipe, log)
             best = [point for point in (best_of(found, speed) for speed in SPEEDS) if point is not None]
             points = {(*point.full_steps, str(point.cut), point.order): point for point in best}
             for point in points.values():
                 steps = " ".join(map(str, point.full_steps))
                 yield f"{_kept(point.cut)}, order {point.order}, full {steps}", point.cache(found.num_steps)
+
+
+def calibrated(name: str, pipe: Any, log: Callable[[str], None]) -> lc.Calibration:
+    """The calibration of a model, made now."""
+    generate = MODELS[name].generate
+    inputs = [lambda pipe, index=index: generate(pipe, index, STEPS) for index in CALIBRATED_ON]
+    return lc.calibrate(pipe, inputs, points=12, progress=log)
 
 
 def _kept(cut: Any) -> str:

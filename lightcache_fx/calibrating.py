@@ -8,7 +8,8 @@ Three kinds of runs, for each candidate cut:
 2. Runs in which one single step is reused: how far the results are from those of full steps, over the first figure,
    is the gain of the sampler from that step to the end.
 3. Dynamic programming over the products of both, for each order and number of full steps; and the schedules that it
-   finds are run and measured, so that what is promised has been seen.
+   finds are run and measured, so that what is promised has been seen. They race: one that another one beats, which is
+   as fast, is not tried on more inputs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lightcache_fx.module import runtime_of
 from lightcache_fx.observed import Observed
 from lightcache_fx.pipeline import TransformedPipeline, denoisers_of, transform_pipeline
 from lightcache_fx.policy import Policy
+from lightcache_fx.racing import interquartile_mean, race
 from lightcache_fx.runtime import Runtime
 from lightcache_fx.schedule import Schedule, Schedules
 from lightcache_fx.scheduling import best_schedules
@@ -52,6 +54,8 @@ MAX_REUSE = 7
 POINTS = 8
 PROBES = 8
 _TINY = 1e-12
+_SAME = 120.0
+"""Decibels that stand for no difference; 8-bit pixels are at most 48 + 10 log10 of their number apart."""
 
 
 def calibrate(
@@ -75,13 +79,14 @@ def calibrate(
 
     It holds for the model, and for the number of steps of these inputs. All of it is done by generating: once for each
     cut and input, with the reuse program at each step; `probes` times for each cut; and about twice `points` times for
-    each cut, order and input, for orders above 0 three times. Speeds are by FLOPs: what caching can gain at most.
+    each cut, order and input, for orders above 0 three times, but only for the first three inputs: after these, most
+    schedules are known to be worse than others of their speed. Speeds are by FLOPs: what caching can gain at most.
 
     Args:
         pipe: a diffusers pipeline that is not transformed.
         inputs: what to generate: a prompt, a mapping of arguments of the call, or a function that is given the pipeline
             and returns frames or images in 0..1. Prompts and mappings without a generator get one, seeded by their
-            place. With few, what suits these is taken for what suits the model: better eight than three.
+            place. With few, what suits these is taken for what suits the model: better sixteen than three.
         cuts: what to try to keep, as `Cache.cut`; None tries branch 0 and 1 of a U-Net, and the residuals of all of the
             model's blocks and of all but the first and the last.
         orders: of the expansions to try.
@@ -223,12 +228,18 @@ class _Trial:
             return []
         gains = self._gains(probes)
         say(f"{_label(self._cut)}: gains measured")
-        found: list[Point] = []
-        for order in self._orders:
-            schedules = self._schedules(gains, order, count)
-            found += [self._tried(steps, order) for steps in schedules]
-            say(f"{_label(self._cut)}, order {order}: {len(schedules)} schedules tried")
-        return found
+        ways = [(order, steps) for order in self._orders for steps in self._schedules(gains, order, count)]
+        speeds = [self.plan.speedup_of(len(steps), self.num_steps) for _, steps in ways]
+        ssims: dict[int, list[float]] = defaultdict(list)
+
+        def score(way: int, place: int) -> float:
+            quality = self._tried(*ways[way], place)
+            ssims[way].append(quality.figure("ssim"))
+            return min(quality.figure("psnr"), _SAME)
+
+        left = race(speeds, score, len(self.plain))
+        say(f"{_label(self._cut)}: {len(ways)} schedules tried, {len(left)} of them with all inputs")
+        return [self._point(*ways[way], found, ssims[way]) for way, found in left.items()]
 
     def _gains(self, probes: int) -> list[float]:
         """How far the first input's result moves for a unit of error at each step's output."""
@@ -263,23 +274,22 @@ class _Trial:
         wanted: Any = np.linspace(min(speeds.values()), max(speeds.values()), count) if speeds else ()
         return [by_count[min(speeds, key=lambda full: abs(speeds[full] - speed))] for speed in wanted]
 
-    def _tried(self, steps: Sequence[int], order: int) -> Point:
+    def _tried(self, order: int, steps: Sequence[int], place: int) -> Quality:
         from lightcache_fx.quality import compare_videos
 
         fast, runtime = self._transformed(order)
         with _scheduled(runtime, steps):
-            scores = [
-                compare_videos(plain, self._generate(fast, place), measures=("psnr", "ssim"))
-                for place, plain in enumerate(self.plain)
-            ]
-        psnr, ssim = _in_the_middle(scores)
+            return compare_videos(self.plain[place], self._generate(fast, place), measures=("psnr", "ssim"))
+
+    def _point(self, order: int, steps: Sequence[int], psnrs: Sequence[float], ssims: Sequence[float]) -> Point:
+        psnr = interquartile_mean(psnrs)
         return Point(
             cut=self._cut,
             order=order,
             full_steps=list(steps),
             speedup=self.plan.speedup_of(len(steps), self.num_steps),
-            psnr=psnr,
-            ssim=ssim,
+            psnr=psnr if psnr < _SAME else None,
+            ssim=interquartile_mean(ssims),
         )
 
 
@@ -360,12 +370,6 @@ def _share_left(older: _Kept, newer: _Kept, now: _Kept, ahead: float) -> float:
         moved = _rms_of(value - other)
         shares.append(_rms_of(value - other - ahead * (other - one)) / moved if moved else 0.0)
     return math.sqrt(sum(share**2 for share in shares) / len(shares))
-
-
-def _in_the_middle(scores: Sequence[Quality]) -> tuple[float | None, float]:
-    """The medians of PSNR and SSIM; None for a PSNR that is infinite."""
-    psnr, ssim = (float(np.median([score.figure(name) for score in scores])) for name in ("psnr", "ssim"))
-    return None if math.isinf(psnr) else psnr, ssim
 
 
 @contextmanager

@@ -29,8 +29,8 @@ class Point(Settings):
         order: of the expansion that reuse steps read it by.
         full_steps: the indices of the steps that are full.
         speedup: FLOPs of a run of full steps over those of this one: what caching can gain at most.
-        psnr: median over the inputs, dB, of the result against that of full steps: one that goes astray, as few do with
-            any schedule, does not decide between schedules. None where it is that of identical results.
+        psnr: of the results against those of full steps, dB: the mean of the middle half of the inputs, as one that
+            goes astray should not decide between schedules. None where all of these are identical.
         ssim: likewise; 1 where identical.
     """
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lightcache_fx as lc
-from lightcache_fx.calibrating import _Errors, _in_the_middle, _share_left, _Trial
+from lightcache_fx.calibrating import _Errors, _share_left, _Trial
 from lightcache_fx.calibration import weights_of
 from lightcache_fx.errors import CalibrationError, CutError, PolicyError, ScheduleError
 from lightcache_fx.pipeline import TransformedPipeline
@@ -94,21 +94,6 @@ def test_errors_are_means_and_infinite_where_nothing_was_seen() -> None:
     assert errors.of(0, 2, 4) == 1
     assert errors.of(1, 2, 4) == 0.25
     assert errors.of(None, 3, 4) == errors.of(3, 2, 4) == math.inf
-
-
-def test_one_input_that_goes_astray_does_not_decide() -> None:
-    """Of three results one is 20 dB off, one 40 dB, and one the same or 60 dB; of two the same, none is off."""
-    plain = np.full((2, 16, 16, 3), 0.5, dtype=np.float32)
-    off = {
-        psnr: compare_videos(plain, plain + np.float32(10 ** (-psnr / 20)), measures=("psnr", "ssim"))
-        for psnr in (20, 40, 60)
-    }
-    same = compare_videos(plain, plain, measures=("psnr", "ssim"))
-    for others in ([off[60], off[20]], [same, off[20]]):
-        psnr, ssim = _in_the_middle([*others, off[40]])
-        assert psnr == pytest.approx(40, abs=1e-3)
-        assert ssim == pytest.approx(off[40].figure("ssim"))
-    assert _in_the_middle([same, off[20], same]) == (None, 1.0)
 
 
 def test_errors_of_extrapolation_are_those_of_a_run() -> None:
