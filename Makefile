@@ -13,6 +13,8 @@ STAMP := $(VENV)/.installed
 STAGE := build/typecheck
 ARGS  ?=
 JOBS  ?= 2
+# Workers begin with halves of the tests, not with every second one, so that what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 STAGES ?= vae unet export
 
 .PHONY: help setup test test-all demo check lint types format bench bench-gpu train golden clean
@@ -41,10 +43,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP) ## Run the tests (ARGS='-k cache' is passed to pytest)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
+	@$(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: $(STAMP) ## Run the slow tests too, which repeat the others on more models
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 demo: $(STAMP) ## Make one video, plain and accelerated, into out/demo
 	@$(BIN)/python examples/demo.py --out out/demo $(ARGS)
@@ -68,7 +70,7 @@ format: $(STAMP) ## Rewrite the sources in the project's format
 	@$(BIN)/ruff format .
 
 golden: $(STAMP) ## Record the golden files again (read the diff before you commit it)
-	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	@UPDATE_GOLDEN=1 $(PYTEST) $(ARGS)
 
 bench: $(STAMP) ## Run benchmarks/denoise.py
 	@$(BIN)/python -m benchmarks.denoise $(ARGS)

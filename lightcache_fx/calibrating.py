@@ -55,7 +55,7 @@ POINTS = 8
 PROBES = 8
 _TINY = 1e-12
 _SAME = 120.0
-"""Decibels that stand for no difference; 8-bit pixels are at most 48 + 10 log10 of their number apart."""
+"""Decibels that stand for no difference: no two videos of 8 bits and less than 15 million values are so near."""
 
 
 def calibrate(

@@ -5,16 +5,34 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import nn
 
+import lightcache_fx as lc
+from lightcache_fx.errors import BudgetError
+from lightcache_fx.swapping import SwapSchedule
 from lightcache_fx.transfers import ThreadEngine
 from lightcache_fx.workload import Link, Movable, Op, Stay, Step, Workload
 
 SLOW = Link(1.0, 1.0, 0.0)
 """A byte a second."""
+
+
+def small_weights(model: nn.Module, swap: SwapSchedule) -> int:
+    """Bytes of the weights that never leave the device, which no run allocates."""
+    return sum(weight.nbytes for name, weight in model.named_parameters() if name not in swap.weights)
+
+
+def least_budget(model: nn.Module, inputs: dict[str, Any], **settings: Any) -> int:
+    """The fewest bytes that swapping keeps to; the settings are those of the policy beside."""
+    with pytest.raises(BudgetError) as refused:
+        lc.plan(model, kwargs=inputs, policy=lc.Policy(swap=lc.Swap(budget=1), **settings))
+    assert refused.value.reached is not None
+    return refused.value.reached
 
 
 def workload(*steps: str, sizes: dict[str, int], cyclic: bool = True) -> Workload:

@@ -28,7 +28,7 @@ from lightcache_fx.swapping import SwapSchedule
 from lightcache_fx.transfers import PREFETCH, WAIT, CopyLog, recorded_copies
 from lightcache_fx.workload import Link, Movable, Residence, Stay
 from pipelines import PIPELINES, SMALL
-from swap_cases import interrupted_at, workload
+from swap_cases import interrupted_at, small_weights, workload
 from toys import Tower, latent, prompt
 
 HARDWARE = Hardware(CPU, Link(to_device=2e9, from_device=1e9))
@@ -100,10 +100,6 @@ def swap_of(model: nn.Module) -> SwapSchedule:
     swap = lc.inspect(model).plan.swap
     assert swap is not None
     return swap
-
-
-def small_weights(model: nn.Module, swap: SwapSchedule) -> int:
-    return sum(weight.nbytes for name, weight in model.named_parameters() if name not in swap.weights)
 
 
 def begun_copies(model: nn.Module, **settings: Any) -> list[list[tuple[str, str]]]:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,33 @@ def test_each_point_is_what_a_policy_of_it_makes(calibration: lc.Calibration) ->
         report = lc.inspect(fast.unet)
         assert report.counts["full"] == len(point.full_steps)
         assert report.plan.flop_bound_speedup(NUM_STEPS) == pytest.approx(point.speedup)
+
+
+def test_schedules_race() -> None:
+    """Of four inputs: those that are beaten are not tried on the last one, and a point is of the middle half of all."""
+    pipe, tried = load(), [0] * 4
+
+    def counted(place: int) -> Callable[[Any], Any]:
+        def generate(pipe: Any) -> Any:
+            tried[place] += 1
+            return clip(place)(pipe)
+
+        return generate
+
+    inputs = [counted(place) for place in range(4)]
+    found = lc.calibrate(pipe, inputs, cuts=[0], orders=(0,), max_reuse=3, points=4, probes=1)
+    assert tried[1] == tried[2] > tried[3] == 1 + len(found.points), "once more in full, and for each that is left"
+    point = max(found.points, key=lambda point: point.speedup)
+    fast = lc.transform_pipeline(pipe, lc.Policy(cache=point.cache(NUM_STEPS)))
+    scores = [compare_videos(clip(i)(pipe), clip(i)(fast), measures=("psnr", "ssim")) for i in range(4)]
+    for name, value in (("psnr", point.psnr), ("ssim", point.ssim)):
+        assert value == pytest.approx(sum(sorted(score.figure(name) for score in scores)[1:3]) / 2, abs=1e-6)
+
+
+def test_results_that_are_the_same_have_no_psnr() -> None:
+    trial = SimpleNamespace(plan=SimpleNamespace(speedup_of=lambda *_: 1.5), _cut=0, num_steps=2)
+    points = [_Trial._point(trial, 0, [0], psnrs, [1.0] * 4) for psnrs in ([120.0] * 4, [30.0, 120.0, 120.0, 50.0])]
+    assert [point.psnr for point in points] == [None, 85.0]
 
 
 def test_what_is_in_it(calibration: lc.Calibration) -> None:

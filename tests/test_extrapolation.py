@@ -26,6 +26,7 @@ from lightcache_fx.passes.insert_transfers import LocalStay
 from lightcache_fx.swapping import HistoryReads, PricedProgram
 from lightcache_fx.workload import Link, Op
 from oracle import assert_bitwise, hooked_step, plain_step
+from swap_cases import least_budget, small_weights
 from zoo import ZOO, run_inputs
 
 MASK = [True, True, False, True, False, False, False, True, False, False]  # uneven, and reuse before history is there
@@ -227,19 +228,10 @@ def test_the_peak_is_as_planned(schedule: dict[str, Any]) -> None:
     run()
     lc.reset(fast)
     swap = lc.inspect(fast).plan.swap
-    fixed = sum(weight.nbytes for name, weight in model.named_parameters() if name not in swap.weights)
-    measured = measure_peak(run).peak_bytes + fixed
+    measured = measure_peak(run).peak_bytes + small_weights(model, swap)
     assert swap.plan.budget * 0.9 < measured <= swap.plan.peak_bytes
     assert measured >= 0.95 * swap.plan.peak_bytes
     lc.restore(fast)
-
-
-def least_budget(model: Any, inputs: Any, cache: lc.Cache) -> int:
-    """The fewest bytes that swapping keeps to."""
-    with pytest.raises(BudgetError) as refused:
-        lc.plan(model, kwargs=inputs, policy=lc.Policy(cache=cache, swap=lc.Swap(budget=1)))
-    assert refused.value.reached is not None
-    return refused.value.reached
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -250,10 +242,10 @@ def test_history_leaves_where_the_budget_wants_it(
     model, make_inputs = ZOO["sd"].build()
     steps = run_inputs(make_inputs, 0, len(MASK))
     cache = lc.Cache(cut="up_blocks.3.attentions.1", order=3, **schedule)
-    least = least_budget(model, steps[0], cache)
+    least = least_budget(model, steps[0], cache=cache)
     with monkeypatch.context() as patched:
         patched.setattr(swap_periods, "may_move_history", lambda *_: False)
-        before = least_budget(model, steps[0], cache)
+        before = least_budget(model, steps[0], cache=cache)
     assert least < before
     policy = lc.Policy(cache=cache, swap=lc.Swap(budget=(least + before) // 2))
     plain = lc.transform(copy.deepcopy(model), lc.Policy(cache=cache))
@@ -269,8 +261,7 @@ def test_history_leaves_where_the_budget_wants_it(
     assert "older values" in str(plan)
     assert plan.history_bytes == 3 * plan.slot_bytes
     lc.reset(fast)
-    fixed = sum(weight.nbytes for name, weight in model.named_parameters() if name not in plan.swap.weights)
-    measured = measure_peak(lambda: _marked(fast, steps, keep=False)).peak_bytes + fixed
+    measured = measure_peak(lambda: _marked(fast, steps, keep=False)).peak_bytes + small_weights(model, plan.swap)
     assert 0.95 * plan.swap.plan.peak_bytes <= measured <= plan.swap.plan.peak_bytes
     lc.restore(fast)
     assert not caplog.records
@@ -287,7 +278,7 @@ def test_within_every_budget(name: str, cut: str, order: int) -> None:
     steps = run_inputs(make_inputs, 0, len(MASK))
     cache = lc.Cache(cut=cut, mask=MASK, order=order)
     expected = _marked(lc.transform(copy.deepcopy(model), lc.Policy(cache=cache)), steps)
-    least, away = least_budget(model, steps[0], cache), set()
+    least, away = least_budget(model, steps[0], cache=cache), set()
     for budget in (least, int(1.1 * least), 2**30):
         fast = lc.transform(copy.deepcopy(model), lc.Policy(cache=cache, swap=lc.Swap(budget=budget)))
         assert_bitwise(_marked(fast, steps), expected, f"{budget} bytes, of at least {least}")
@@ -317,8 +308,7 @@ def test_each_branch_has_a_history_of_its_own() -> None:
     assert plan.branches == 2
     assert plan.swap.history_away
     lc.reset(fast)
-    fixed = sum(weight.nbytes for name, weight in model.named_parameters() if name not in plan.swap.weights)
-    measured = measure_peak(lambda: _marked(fast, *calls, keep=False)).peak_bytes + fixed
+    measured = measure_peak(lambda: _marked(fast, *calls, keep=False)).peak_bytes + small_weights(model, plan.swap)
     assert 0.95 * plan.swap.plan.peak_bytes <= measured <= plan.swap.plan.peak_bytes
     lc.restore(fast)
 
@@ -347,7 +337,7 @@ def test_waiting_for_history_is_no_computing() -> None:
     hardware = Hardware(Machine(1e12, 1e12, 0.0), Link(1e5, 1e9, latency=0.0))
     plans = [
         lc.plan(model, kwargs=inputs, policy=lc.Policy(cache=cache, swap=lc.Swap(budget=size)), hardware=hardware)
-        for size in (least_budget(model, inputs, cache), 2**30)
+        for size in (least_budget(model, inputs, cache=cache), 2**30)
     ]
     away, resident = (plan.swap for plan in plans)
     assert away.history_away

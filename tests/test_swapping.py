@@ -27,7 +27,7 @@ from lightcache_fx.transfers import copy_bytes, engine_of, recorded_copies
 from lightcache_fx.workload import Link
 from oracle import plain_step
 from pipelines import PIPELINES, SMALL
-from swap_cases import interrupted_at
+from swap_cases import interrupted_at, small_weights
 from toys import Tower, latent, prompt
 from zoo import ZOO, run_inputs
 
@@ -201,10 +201,6 @@ def test_every_model_at_two_budgets(name: str) -> None:
 
 
 # Memory ------------------------------------------------------------------------------------------------------------
-
-
-def small_weights(model: nn.Module, swap: SwapSchedule) -> int:
-    return sum(weight.nbytes for name, weight in model.named_parameters() if name not in swap.weights)
 
 
 @pytest.mark.parametrize("share", ["30%", "50%", "75%"])
