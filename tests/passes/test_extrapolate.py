@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import fx
 
 from golden import check_golden
 from graphs import captured
@@ -14,6 +15,7 @@ from lightcache_fx.cuts import depth_cut
 from lightcache_fx.errors import PassError
 from lightcache_fx.extrapolation import COEFFICIENTS, older_name
 from lightcache_fx.graphs import input_of, placeholders
+from lightcache_fx.passes.base import PassResult, typed_call
 from lightcache_fx.passes.extrapolate import extrapolate
 from lightcache_fx.passes.read_cache import read_cache
 from toys import Denoiser, latent, prompt
@@ -70,6 +72,24 @@ def test_a_graph_without_slots_is_left_alone() -> None:
     given = captured(MODEL, *CALL)
     _, result = given.apply(partial(extrapolate, slots=depth_cut(given.facts, 0).slots, order=2))
     assert not result.modified
+
+
+def test_a_slot_that_is_not_read_is_left_alone() -> None:
+    """As in programs of several caches, one of which saves all that reads what another one keeps."""
+    given = captured(MODEL, *CALL)
+    slots = depth_cut(given.facts, 0).slots
+
+    def unread(graph: fx.Graph) -> PassResult:
+        (slot,) = (node for node in placeholders(graph) if input_of(node).kind == "slot")
+        with graph.inserting_after(placeholders(graph)[-1]):
+            zeros = typed_call(graph, torch.ops.aten.zeros.default, list(slot.meta["val"].shape))
+        slot.replace_all_uses_with(zeros)
+        return PassResult(graph, True)
+
+    before, _ = given.apply(partial(read_cache, slots=slots), unread)
+    after, result = given.apply(partial(read_cache, slots=slots), unread, partial(extrapolate, slots=slots, order=1))
+    assert not result.modified
+    assert after.code == before.code
 
 
 def test_not_twice() -> None:
