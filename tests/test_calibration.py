@@ -172,6 +172,7 @@ def test_schedules_race() -> None:
     found = lc.calibrate(pipe, inputs, cuts=[0], orders=(0,), max_reuse=3, points=4, probes=1)
     assert tried[1] == tried[2] > tried[3] == 1 + len(found.points), "once more in full, and for each that is left"
     point = max(found.points, key=lambda point: point.speedup)
+    assert len(point.full_steps) == 2, "a slower one beats none, and so one of the fastest is left"
     fast = lc.transform_pipeline(pipe, lc.Policy(cache=point.cache(NUM_STEPS)))
     scores = [compare_videos(clip(i)(pipe), clip(i)(fast), measures=("psnr", "ssim")) for i in range(4)]
     for name, value in (("psnr", point.psnr), ("ssim", point.ssim)):

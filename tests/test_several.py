@@ -362,12 +362,13 @@ def test_a_slot_that_a_program_does_not_read_has_no_history_there() -> None:
 def test_a_period_is_the_longest_stretch_between_full_steps() -> None:
     """Three full steps at first and one at the end: the steps between them, as far as they are told apart."""
     model, make_inputs = ZOO["wan"].build()
-    ends = {"first": 3, "last": 1, "num_steps": 10}
-    caches = [lc.Cache(cut="blocks.*.attn1", interval=2, **ends), lc.Cache(cut="blocks.*.attn2", interval=3, **ends)]
+    ends = {"first": 3, "last": 1, "num_steps": 14}
+    caches = [lc.Cache(cut="blocks.*.attn1", interval=2, **ends), lc.Cache(cut="blocks.*.attn2", interval=5, **ends)]
     swap = lc.plan(model, kwargs=make_inputs(0), policy=lc.Policy(cache=caches, swap=lc.Swap())).swap
     assert swap is not None
-    assert swap.names == ("full", "fresh1", "fresh0", "reuse")  # steps 2 to 5; 6, a multiple of both, is full again
-    assert [swap.step_for("fresh1", ["full", *before], None) for before in ([], ["fresh0"])] == [1, 1]
+    between = ("reuse", "fresh0", "fresh1", "fresh0", "reuse", "fresh0", "reuse")
+    assert swap.names == ("full", *between)  # steps 2 to 9; 10, a multiple of both, is full again
+    assert [swap.step_for("fresh1", ["full", *before], None) for before in ([], ["fresh0"])] == [3, 3]
     again = replace(swap, names=("full", "reuse", "fresh0", "reuse", "fresh1", "reuse", "fresh0"))
     before = ["full", "reuse", "fresh0", "reuse", "fresh1", "reuse"]
     assert [again.step_for(before[step], before[:step], None) for step in range(1, 6)] == [1, 2, 3, 4, 5]
