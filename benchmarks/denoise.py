@@ -322,7 +322,7 @@ def time_loops(unet: nn.Module, ours: nn.Module, video: Video, setting: Setting)
 def time_overhead(ours: nn.Module, video: Video, repeats: int = 30) -> dict[str, Spread]:
     """Microseconds that a reuse step costs beside its program, by part, and as a whole with the programs taken out."""
     runtime = runtime_of(ours)
-    compiled = runtime.latest()
+    compiled = runtime.repertoire.latest()
     sample = video.sample()
     kwargs = {"encoder_hidden_states": video.context, "added_time_ids": video.time_ids, "return_dict": False}
     times = iter([video.timestep(float(repeats + 10 - i)) for i in range(repeats + 10)])

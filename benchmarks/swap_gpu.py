@@ -389,7 +389,8 @@ class Run:
         """
         stages = []
         for name, method, runtime in self.runtimes():
-            plans_made = [compiled.plan for compiled in runtime.compiled.values() if compiled.plan.swap is not None]
+            made = runtime.repertoire.compiled.values()
+            plans_made = [compiled.plan for compiled in made if compiled.plan.swap is not None]
             for index, plan in enumerate(plans_made):
                 calls = 1 if index else self.calls.get(id(runtime), 1) - len(plans_made) + 1
                 stages.append(PlannedStage(lc.Stage(f"{name}.{method}", runtime.module, calls=calls), plan))
@@ -420,7 +421,7 @@ def calls_of(runtime: Runtime) -> int:
 
 def captures_of(runtimes: Sequence[Runtime]) -> set[int]:
     """The captures there are, by identity."""
-    return {id(compiled.signature) for runtime in runtimes for compiled in runtime.compiled.values()}
+    return {id(compiled.signature) for runtime in runtimes for compiled in runtime.repertoire.compiled.values()}
 
 
 @dataclass

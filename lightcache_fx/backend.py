@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from lightcache_fx.calls import default_rate
+from lightcache_fx.compiler import Compiler
 from lightcache_fx.dynamo_sources import Frame
 from lightcache_fx.errors import ArgumentError, PolicyError, TransformError
 from lightcache_fx.graph_model import GraphModel, graph_model
@@ -171,7 +172,8 @@ class CompiledGraph:
         self._shared = _MODELS.setdefault(key, _Model())
         self._shared.graphs.add(self)
         shared = self._shared
-        return Runtime(model, policy, model.method, ledger=shared.ledger, local=shared.local, varying=model.varying)
+        compiler = Compiler(model, policy, model.method, ledger=shared.ledger, varying=model.varying)
+        return Runtime(compiler, local=shared.local)
 
 
 def refuse_moving_weights(policy: Policy, weight: torch.Tensor | None) -> None:

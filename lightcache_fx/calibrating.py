@@ -206,7 +206,7 @@ class _Trial:
             for place in range(len(inputs)):
                 self.plain.append(self._generate(fast, place))
                 lengths.append(1 + max(run.step for run in runtime.timeline()))
-        self.plan = runtime.latest().plan
+        self.plan = runtime.repertoire.latest().plan
         if len(set(lengths)) > 1:
             raise CalibrationError(f"inputs: their runs have {sorted(set(lengths))} steps; give inputs of one number")
         self.num_steps = lengths[0]

@@ -39,7 +39,8 @@ from lightcache_fx.packages import Packages
 from lightcache_fx.policy import Policy
 from lightcache_fx.program import BoundProgram, Program
 from lightcache_fx.program_log import log_programs
-from lightcache_fx.runtime import Runtime, homes_of
+from lightcache_fx.repertoire import Repertoire, homes_of
+from lightcache_fx.runtime import Runtime
 from lightcache_fx.saved_checks import Type, check_programs, check_same, type_of, without_memory
 from lightcache_fx.saved_packages import read_packages
 from lightcache_fx.saved_programs import Read, rebuild_program
@@ -148,8 +149,8 @@ def load(
     root.eval()
     homes, ledger = homes_of(root, policy), Ledger()
     try:
-        runtimes = {
-            method: LoadedRuntime(root, policy_for(root, policy, method), method, homes=homes, ledger=ledger)
+        saved = {
+            method: SavedPrograms(root, policy_for(root, policy, method), method, homes=homes, ledger=ledger)
             for method in manifest.methods
         }
     except LoadError:
@@ -161,13 +162,14 @@ def load(
     for number in range(manifest.num_signatures):
         file = signature_file(number)
         record = from_json(SignatureRecord, read(file), file)
-        if record.number != number or record.call.method not in runtimes:
+        if record.number != number or record.call.method not in saved:
             raise LoadError(f"{file} is signature {record.number} of {record.call.method}: files have been swapped")
-        runtimes[record.call.method].add(record, tensors, read, packages)
-    for runtime in runtimes.values():
-        runtime.check_cuts()
+        saved[record.call.method].add(record, tensors, read, packages)
+    for programs in saved.values():
+        programs.check_cuts()
     if packages is not None:
         packages.open()
+    runtimes = {method: Runtime(programs) for method, programs in saved.items()}
     mixin = module_mixin(type(root), list(runtimes), LoadedModule)
     return second_view(root, mixin, Added(root, policy, runtimes))
 
@@ -217,8 +219,8 @@ class LoadedCall:
         return self.output.fill(flat)
 
 
-class LoadedRuntime(Runtime):
-    """Runs saved programs; a call that there are none for is refused, as there is nothing to capture."""
+class SavedPrograms(Repertoire):
+    """Programs that were saved; a call that there are none for is refused, as there is nothing to capture."""
 
     def add(
         self, record: SignatureRecord, tensors: _Tensors, read: Read, packages: Packages | None = None
@@ -249,14 +251,14 @@ class LoadedRuntime(Runtime):
                 programs[name], self.module, held, names, settings=self.policy.compile, packages=packages,
                 beside=bound.get("full"),
             )  # fmt: skip
-        known = self.compiled.get((call.layout, self._state.key))
-        signature = known.signature if known is not None else Signature(call, without_memory(plan), self._state)
+        known = self.compiled.get((call.layout, self.state.key))
+        signature = known.signature if known is not None else Signature(call, without_memory(plan), self.state)
         if known is not None:
             check_same(file, known.capture == call, signature.plan == without_memory(plan), known.programs, programs)
         if plan.branches in signature.compiled:
             raise LoadError(f"{file}: this signature is there twice, with {plan.branches} calls a step")
         log_programs(plan, programs)
-        self._keep(Compiled(signature, plan, programs, bound))
+        self.keep(Compiled(signature, plan, programs, bound))
 
     def check_cuts(self) -> None:
         """Of all signatures one at least has what the policy keeps: others may skip it.
@@ -267,10 +269,7 @@ class LoadedRuntime(Runtime):
         if self.policy.cache is not None and self.compiled and all(m.plan.cut is None for m in self.compiled.values()):
             raise LoadError(f"{signature_file(0)}: its plan has no cut, unlike the policy, and no other signature has")
 
-    def _paths_to_mark(self) -> list[str]:
-        return []
-
-    def _planned_anew(self, compiled: Compiled, branches: int, beside: int) -> Compiled:
+    def plan_anew(self, compiled: Compiled, branches: int, beside: int) -> Compiled:
         """The same programs for a step of other guidance branches: what is kept for all of them must be within budget.
 
         What was saved for more branches has room for fewer.
@@ -293,7 +292,7 @@ class LoadedRuntime(Runtime):
             min(needed),
         )
 
-    def _build(self, call: Call) -> NoReturn:
+    def build(self, call: Call) -> NoReturn:
         """Say what differs from the nearest signature that was saved."""
         given, owner = self.reader.describe(call.layout), f"{self.reader.owner}.{self.reader.method}"
         saved = [self.reader.describe(layout) for layout, _ in self.compiled]

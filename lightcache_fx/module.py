@@ -20,6 +20,7 @@ from lightcache_fx.budgets import with_memory
 from lightcache_fx.calls import CallReader
 from lightcache_fx.capture import Capture, capture
 from lightcache_fx.capture_lock import CAPTURE_LOCK
+from lightcache_fx.compiler import Compiler
 from lightcache_fx.cuts import paths_to_mark
 from lightcache_fx.errors import ArgumentError, TransformError
 from lightcache_fx.fetching import WeightsAway
@@ -30,8 +31,9 @@ from lightcache_fx.outputs import register_distributions
 from lightcache_fx.placement import placement_of
 from lightcache_fx.plan import Plan, make_plan
 from lightcache_fx.policy import Policy
+from lightcache_fx.repertoire import homes_of
 from lightcache_fx.runs import branch_name
-from lightcache_fx.runtime import Runtime, homes_of
+from lightcache_fx.runtime import Runtime
 from lightcache_fx.saved_weights import SavedWeights
 from lightcache_fx.views import second_view
 
@@ -162,11 +164,7 @@ def transform_component(module: M, policy: Policy, ledger: Ledger, *, may_stay_e
     homes = homes_of(module, policy)
     runtimes = {
         method: Runtime(
-            module,
-            policy_for(module, policy, method),
-            method,
-            homes=homes,
-            ledger=ledger,
+            Compiler(module, policy_for(module, policy, method), method, homes=homes, ledger=ledger),
             may_stay_eager=may_stay_eager,
         )
         for method in methods

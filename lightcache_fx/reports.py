@@ -251,7 +251,7 @@ def inspect(transformed: Any, method: str | None = None) -> Report | PipelineRep
 
 
 def _report(runtime: Runtime) -> Report:
-    latest = runtime.latest()
+    latest = runtime.repertoire.latest()
     name, method = runtime.reader.owner, runtime.reader.method
     return Report(
         owner=name if method == "forward" else f"{name}.{method}",
@@ -262,7 +262,7 @@ def _report(runtime: Runtime) -> Report:
         hoisted_bytes=runtime.hoisted_bytes(),
         route=latest.capture.route,
         late_copies=sum(bound.late_copies for bound in latest.bound.values()),
-        signatures=tuple(_signature(runtime, made) for of_one in runtime.everything() for made in of_one),
+        signatures=tuple(_signature(runtime, made) for of_one in runtime.repertoire.everything() for made in of_one),
         timeline=runtime.timeline(),
         guard=str(runtime.watch) if runtime.watch is not None else None,
     )
@@ -295,7 +295,7 @@ def _report_of_pipeline(pipe: TransformedPipeline) -> PipelineReport:
             key = name if len(module._lightcache.runtimes) == 1 else f"{name}.{method}"
             if (reason := runtime.uncaptured()) is not None:
                 uncaptured[key] = reason
-            elif runtime.compiled:
+            elif runtime.repertoire.compiled:
                 reports[key] = _report(runtime)
             else:
                 continue

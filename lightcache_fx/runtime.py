@@ -5,68 +5,37 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
-from torch.utils import _pytree as pytree
 
 from lightcache_fx.arena import is_dense
-from lightcache_fx.budgets import for_branches, with_memory
-from lightcache_fx.calls import Call, CallLayout, CallReader, method_of
-from lightcache_fx.capture import Capture, capture, refuse_autocast
+from lightcache_fx.calls import Call, method_of
+from lightcache_fx.capture import refuse_autocast
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.compiled import Compiled, Signature
-from lightcache_fx.cuts import paths_to_mark
-from lightcache_fx.dynamic import MOST_SIZES, DynamicSizes, may_be_dynamic
-from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError, NotCalledError, TransformError
+from lightcache_fx.errors import ArgumentError, BudgetError, CaptureError
 from lightcache_fx.extrapolation import coefficients, coefficients_name
-from lightcache_fx.fetching import WeightsAway
 from lightcache_fx.guarding import Watch
-from lightcache_fx.homes import Homes, Tier
 from lightcache_fx.host_reads import HostReader
 from lightcache_fx.last_calls import make_last
-from lightcache_fx.ledger import Ledger
-from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.observed import Observed, ProgramRun
-from lightcache_fx.outputs import register_distributions
-from lightcache_fx.placement import placement_of, weights_fit
-from lightcache_fx.plan import Plan, make_plan
-from lightcache_fx.policy import Policy, Swap
-from lightcache_fx.program import BoundProgram, Moment, build_programs
-from lightcache_fx.program_log import log_programs
+from lightcache_fx.plan import Plan
+from lightcache_fx.program import Moment
 from lightcache_fx.ranges import profiled
+from lightcache_fx.repertoire import Repertoire
 from lightcache_fx.runs import Branch, Position, RunTracker, current_branch, current_run
 from lightcache_fx.schedule import Schedule, Schedules, program_name
 from lightcache_fx.stores import Stores, version_of
 from lightcache_fx.swapping import SMALLEST
 from lightcache_fx.units import format_bytes
-from lightcache_fx.warming import warm
 
 log = logging.getLogger(__name__)
 
 LONGEST_TIMELINE = 4096
 """Programs of a run that are remembered, the last ones."""
-
-
-def homes_of(module: nn.Module, policy: Policy) -> Homes:
-    """Where a module's weights are kept while they are away: on disk for one that runs on the CPU, unless told so.
-
-    Raises:
-        TransformError: as `placement_of`.
-    """
-    placement, swap = placement_of(module, policy), policy.swap or Swap()
-    on_cpu = all(weight.device.type == "cpu" for weight in (*module.parameters(), *module.buffers()))
-    tier = _tier(policy, on_cpu=on_cpu and placement.device.type == "cpu")
-    return Homes(
-        lambda: weight_slots(module), tier, swap.folder, device=placement.device, origin=placement.origin
-    )  # fmt: skip
-
-
-def _tier(policy: Policy, *, on_cpu: bool) -> Tier:
-    return (policy.swap or Swap()).to or ("disk" if on_cpu else "host")
 
 
 class ThreadState(threading.local):
@@ -83,54 +52,25 @@ class Runtime:
     """Runs one module by its programs.
 
     Args:
-        module: the user's module, in evaluation mode when it is called.
-        policy: what to do with it.
-        method: which of its methods to run by programs.
-        homes: where its weights are kept while they are away; shared by all that runs the module.
-        ledger: who is on the device; shared by all models that must not be there at the same time.
+        repertoire: the programs, found or made by call.
         may_stay_eager: whether a module that cannot be captured runs as it is, its weights fetched as a whole.
         local: the threads' runs; shared by all graphs of one model.
-        varying: by an argument's name, dimensions whose sizes are known to vary before a second one comes.
 
     Attributes:
         observe: called after each full step.
         schedule: which steps are full, instead of by the policy.
-
-    Raises:
-        ArgumentError: the policy's rates name a parameter that `forward` does not have.
-        CutError: the policy cuts at a module path that does not exist.
-        TransformError: the policy swaps to a device that there is none of, or that the weights cannot be used from.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        policy: Policy,
-        method: str = "forward",
-        *,
-        homes: Homes | None = None,
-        ledger: Ledger | None = None,
-        may_stay_eager: bool = False,
-        local: ThreadState | None = None,
-        varying: Mapping[str, Sequence[int]] | None = None,
+        self, repertoire: Repertoire, *, may_stay_eager: bool = False, local: ThreadState | None = None
     ) -> None:
-        register_distributions()
-        self.module = module
-        self.policy = policy
-        self.reader = CallReader(module, rates=policy.rates, method=method)
-        self.marked = paths_to_mark(policy.caches, module)
-        self.compiled: OrderedDict[tuple[CallLayout, Hashable], Compiled] = OrderedDict()
+        policy = repertoire.policy
+        self.repertoire = repertoire
+        self.module, self.policy, self.reader = repertoire.module, policy, repertoire.reader
+        self.homes, self._ledger = repertoire.homes, repertoire.ledger
         self.counts: Counter[str] = Counter()
-        self.homes = homes or homes_of(module, policy)
-        self._placement = placement_of(module, policy)
-        self._ledger = ledger or Ledger()
         self._may_stay_eager = may_stay_eager
         self._uncaptured: str | None = None
-        self._state = ModuleState.take(module, self.homes.device_of)
-        self._sizes: DynamicSizes | None = None
-        if may_be_dynamic(policy, method):
-            self._sizes = DynamicSizes(module, policy, self.marked, self._compiled, varying or {})
-        self._lock = threading.Lock()
         self._local = local or ThreadState()
         self.observe: Callable[[Observed], None] | None = None
         self.schedule: Schedules | None = None
@@ -191,111 +131,11 @@ class Runtime:
     def compile(self, call: Call) -> Compiled:
         """The programs for a call's signature, captured and built when it is new."""
         self._place(call.tensors)  # `decode_frames` compiles what it does not call
-        with CAPTURE_LOCK.running():
-            found = self._known(call)
-        if found is None:
-            with CAPTURE_LOCK.capturing():  # another thread may have made it meanwhile
-                found = self._known(call) or self._keep(self._build(call))
-        return found
-
-    @property
-    def _is_away(self) -> bool:
-        """Whether the weights stay in host memory, and the module computes on an accelerator."""
-        return self._placement.hosted and self.homes.device.type != "cpu"
+        return self.repertoire.programs_for(call)
 
     def _place(self, arguments: object) -> None:
-        """Compute where weights that are in host memory are fetched to for these arguments."""
-        if not self._placement.hosted:
-            return
-        tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-        device = self._placement.device_for(self.reader.owner, tensors)
-        if device != self.homes.device:
+        if self.repertoire.place(arguments):
             self.tracker.reset()
-            with self._lock:
-                self.homes.compute_on(device, _tier(self.policy, on_cpu=device.type == "cpu"))
-                self._state = ModuleState.take(self.module, self.homes.device_of)
-
-    def _notice_moves(self) -> None:
-        """A module that was in host memory may have been moved by its user, and is where it was moved to then."""
-        if self._placement.hosted:
-            self._placement = placement_of(self.module, self.policy)
-            if not self._placement.hosted:
-                self.homes.origin = self._placement.origin
-        self._note_places()
-
-    def _known(self, call: Call) -> Compiled | None:
-        with self._lock:
-            if not self._state.unchanged():
-                self._notice_moves()
-                self._state = ModuleState.take(self.module, self.homes.device_of)
-            key = (call.layout, self._state.key)
-            found = self.compiled.get(key)
-            if found is not None:
-                self.compiled.move_to_end(key)
-            return found
-
-    def _keep(self, made: Compiled) -> Compiled:
-        with self._lock:
-            self.compiled[(made.capture.layout, made.signature.state.key)] = made
-            if made.plan.beside:
-                made.signature.beside[made.plan.branches, made.plan.beside] = made
-            else:
-                made.signature.compiled[made.plan.branches] = made
-            self._drop_oldest(made)
-        return made
-
-    def _drop_oldest(self, made: Compiled) -> None:
-        """Hold at most `max_signatures` captures; one of sizes that vary is dropped as a whole, and counts once."""
-        of_capture: dict[object, list[tuple[CallLayout, Hashable]]] = {}
-        for key, one in reversed(self.compiled.items()):
-            of_capture.setdefault(one.signature.dynamic or one.signature, []).append(key)
-        if made.signature.dynamic is not None and len(sizes := of_capture[made.signature.dynamic]) > MOST_SIZES:
-            del self.compiled[sizes[-1]]
-        if len(of_capture) <= self.policy.max_signatures:
-            return
-        keys = of_capture[next(reversed(of_capture))]
-        for key in keys:
-            del self.compiled[key]
-        shapes = keys[0][0].shapes() + (f" and {len(keys) - 1} other sizes" if len(keys) > 1 else "")
-        log.warning("max_signatures=%d reached: dropped the programs for %s", self.policy.max_signatures, shapes)
-
-    def _build(self, call: Call) -> Compiled:
-        warm(self.policy.compile, self.homes.device)
-        away = self._left_away()
-        self._ledger.let_go()
-        if away is None and self.homes.device.type != "cpu":
-            self.homes.recall(self.homes.device)  # to be run as it is, beside the capture
-            self._note_places()
-        if self._sizes is not None:
-            found = self._sizes.programs_for(call, list(self.compiled.values()), self._state)
-            if found is not None:
-                return found
-        captured = capture(self.module, call, mark=self.marked, away=away)
-        signature = Signature(captured, self._planned(captured), self._state)
-        plan = with_memory(captured, signature.plan, takes_turns=self._ledger.is_shared)
-        for note in plan.notes:
-            log.warning("%s", note)
-        return self._compiled(signature, plan)
-
-    def _planned(self, captured: Capture) -> Plan:
-        """The plan for a call; one that skips what other calls keep, as skip-layer guidance does, has every step full.
-
-        Raises:
-            CutError: the cut cannot be made; or no call has had it yet, so it may be mistaken.
-        """
-        try:
-            return make_plan(captured, self.policy, self.module)
-        except NotCalledError as error:
-            with self._lock:
-                if all(made.plan.cut is None for made in self.compiled.values()):
-                    raise
-            plan = make_plan(captured, self.policy.with_cache(None), self.module)
-            note = (
-                f"every step of these calls of {self.reader.owner} is full: calls with other arguments have what is to"
-                f" be kept, these have not ({error})"
-            )
-            schedule = Schedules.of(self.policy.caches)
-            return replace(plan, policy=self.policy, schedule=schedule, notes=(*plan.notes, note))
 
     def _for_branches(self, compiled: Compiled, position: Position) -> Compiled:
         """The programs for as many guidance branches as a step is now known to have; planned anew where it is news.
@@ -314,19 +154,7 @@ class Runtime:
             wanted = max(wanted, self.policy.calls_per_step - len(others))
         if (wanted, beside) == (plan.branches, plan.beside):
             return compiled
-        with CAPTURE_LOCK.capturing():
-            found = compiled.signature.made(wanted, beside) or self._planned_anew(compiled, wanted, beside)
-            return self._keep(found)
-
-    def _planned_anew(self, compiled: Compiled, branches: int, beside: int) -> Compiled:
-        signature, captured, turns = compiled.signature, compiled.capture, self._ledger.is_shared
-        assert isinstance(captured, Capture)
-        asked = replace(signature.plan, branches=branches, beside=beside)
-        plan = for_branches(captured, asked, compiled.plan, takes_turns=turns)
-        for note in plan.notes:
-            if note not in compiled.plan.notes:
-                log.warning("%s", note)
-        return self._compiled(signature, plan)
+        return self.repertoire.for_branches(compiled, wanted, beside)
 
     def _members(self, compiled: Compiled) -> list[Branch]:
         """The guidance branches that this signature's programs run for, by their places in the step."""
@@ -342,49 +170,21 @@ class Runtime:
         members = self._members(compiled)
         return members.index(position.branch) if position.branch in members else len(members)
 
-    def _compiled(self, signature: Signature, plan: Plan) -> Compiled:
-        captured = signature.capture
-        assert isinstance(captured, Capture)
-        programs = build_programs(captured, plan)
-        names = [leaf.name for leaf in captured.layout.leaves]
-        bound: dict[str, BoundProgram] = {}
-        for name, program in programs.items():  # the full one comes before the others that make slots
-            bound[name] = BoundProgram(
-                program, self.module, captured.constants, names, settings=self.policy.compile, beside=bound.get("full")
-            )
-        log_programs(plan, programs)
-        made = Compiled(signature, plan, programs, bound)
-        made.note_places()
-        return made
-
-    def _left_away(self) -> WeightsAway | None:
-        """What a capture leaves where it is: the weights of a module in host memory, and those that would not fit."""
-        device = self.homes.device
-        if device.type == "cpu" or not self.policy.swaps_weights():
-            return None
-        fits = not self._placement.hosted and weights_fit(self.homes.all_weights(), device, self.policy)
-        return None if fits else WeightsAway(device)
-
-    def _note_places(self) -> None:
-        for first in list(self.compiled.values()):
-            for compiled in first.signature.everything():
-                compiled.note_places()
-
     def _bring_home(self, planned: frozenset[str]) -> None:
         """Move weights to where they are kept; where models take turns, large ones that no program reads as well."""
         weights = set(planned)
         if self._ledger.is_shared:
-            read = {i.name for c in self.compiled.values() for p in c.programs.values() for i in p.inputs}
+            read = {i.name for c in self.repertoire.compiled.values() for p in c.programs.values() for i in p.inputs}
             large = (n for n, w in self.module.named_parameters() if w.nbytes >= SMALLEST and is_dense(w))
             weights |= {name for name in large if name not in read}
         if self.homes.adopt(weights):
-            self._note_places()
+            self.repertoire.note_places()
 
     def _kept_at_home(self, compiled: Compiled) -> frozenset[str]:
         """What the programs of a call want at home before they run."""
         swap = compiled.plan.swap
         planned = swap.weights if swap is not None else frozenset[str]()
-        if self._is_away:  # copied from page-locked memory, beside computing
+        if self.repertoire.is_away:  # copied from page-locked memory, beside computing
             kept = frozenset[str]().union(*(program.resident for program in compiled.bound.values()))
             planned |= {n for n, w in zip(kept, self.homes.weights(kept), strict=True) if is_dense(w)}
         return planned
@@ -548,11 +348,10 @@ class Runtime:
         """Weights are where the programs expect them: at home, or all of them on the device."""
         before, self._local.ran_last = self._local.ran_last, compiled
         swap, other = compiled.plan.swap, before is not compiled
-        if (swap is not None or self._is_away) and (position.begins_run or other):
+        if (swap is not None or self.repertoire.is_away) and (position.begins_run or other):
             self._bring_home(self._kept_at_home(compiled))
         elif swap is None and before is not None and other and before.plan.swap is not None:
-            self.homes.recall(self.homes.device)
-            self._note_places()
+            self.repertoire.recall()
 
     def _choose(self, compiled: Compiled, position: Position, num_steps: int | None, place: int) -> tuple[str, int]:
         """The program of a call: full wherever there is doubt, or nothing to reuse.
@@ -632,32 +431,6 @@ class Runtime:
     def uncaptured(self) -> str | None:
         """Why the module runs as it is, where it does."""
         return self._uncaptured
-
-    def latest(self) -> Compiled:
-        """What was made for the signature that was used last.
-
-        Raises:
-            TransformError: the module has not been called yet.
-        """
-        if not self.compiled:
-            raise TransformError(
-                f"{type(self.module).__name__} has not been called yet, so there are no programs; call it once"
-            )
-        return next(reversed(self.compiled.values()))
-
-    def current(self) -> list[list[Compiled]]:
-        """What was made for the module in the state that it is in now, the signature that was used last at the end.
-
-        Of each signature, what was made for each number of guidance branches; likewise, what was used last at the end.
-        """
-        key = ModuleState.take(self.module, self.homes.device_of).key
-        return [every for every in self.everything() if every[-1].signature.state.key == key]
-
-    def everything(self) -> list[list[Compiled]]:
-        """As `current`, of every state that the module has been in."""
-        with self._lock:
-            used = list(self.compiled.values())
-            return [[*(m for m in made.signature.everything() if m is not made), made] for made in used]
 
 
 def _coefficients(plan: Plan, kind: str, position: Position) -> dict[str, tuple[float, ...]]:

@@ -103,7 +103,7 @@ def save(
     settings = check_can_be_packaged(added.policy.compile) if compiled else None
     _check_target(target, overwrite)
     with CAPTURE_LOCK.running(), torch.no_grad():
-        present = [made for runtime in added.runtimes.values() for made in runtime.current()]
+        present = [made for runtime in added.runtimes.values() for made in runtime.repertoire.current()]
         found = list(_savable(present, added.original, compiled=compiled))
         if not found:
             raise SaveError(

@@ -17,7 +17,7 @@ TIMES = [981, 884, 787, 690, 593, 496]
 
 
 def entries(module: nn.Module) -> list[Any]:
-    return list(module._lightcache.runtime.compiled.values())
+    return list(module._lightcache.runtime.repertoire.compiled.values())
 
 
 def is_dynamic(module: nn.Module) -> list[bool]:

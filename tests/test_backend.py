@@ -17,8 +17,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import lightcache_fx as lc
+from lightcache_fx import compiler as compiler_module
 from lightcache_fx import dynamic as dynamic_module
-from lightcache_fx import runtime as runtime_module
 from lightcache_fx.backend import graphs_of, lightcache, refuse_moving_weights
 from lightcache_fx.capture import capture
 from lightcache_fx.errors import ArgumentError, CaptureError, CutError, PolicyError, TransformError
@@ -242,7 +242,7 @@ def test_a_decorated_forward_and_nested_arguments() -> None:
     reports = lc.inspect(one), lc.inspect(other)
     assert reports[0].counts == reports[1].counts == {"full": 3, "reuse": 4}
     assert printed(other) == printed(one)
-    names = [leaf.name for leaf in graphs_of(model)[-1].runtime.latest().capture.layout.leaves]
+    names = [leaf.name for leaf in graphs_of(model)[-1].runtime.repertoire.latest().capture.layout.leaves]
     assert names == ["sample", "timestep", "added['scales']['of text']", "residuals[0]", "residuals[1]"]
 
 
@@ -332,7 +332,9 @@ def compilations(module: nn.Module) -> int:
     """How often a part of the module's programs has been compiled; one that several programs have counts for each."""
     (graph,) = graphs_of(module)
     assert graph.runtime is not None
-    states = [bound.compile_state for made in graph.runtime.compiled.values() for bound in made.bound.values()]
+    states = [
+        bound.compile_state for made in graph.runtime.repertoire.compiled.values() for bound in made.bound.values()
+    ]
     return sum(state.compiled for state in states if state is not None)
 
 
@@ -369,7 +371,9 @@ class Conv(nn.Module):
 def sizes_made(model: nn.Module) -> list[list[bool]]:
     """Of each graph that has run, and of each size in it: whether its programs are those of sizes that vary."""
     runtimes = [graph.runtime for graph in graphs_of(model) if graph.runtime is not None]
-    return [[made.signature.dynamic is not None for made in runtime.compiled.values()] for runtime in runtimes]
+    return [
+        [made.signature.dynamic is not None for made in runtime.repertoire.compiled.values()] for runtime in runtimes
+    ]
 
 
 @pytest.mark.parametrize("dynamic", [None, False])
@@ -381,7 +385,7 @@ def test_other_sizes(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> N
         captured.append("varying" in kwargs)
         return capture(*args, **kwargs)
 
-    for module in (runtime_module, dynamic_module):
+    for module in (compiler_module, dynamic_module):
         monkeypatch.setattr(module, "capture", noted)
     policy = CACHED.model_copy(update={"dynamic": dynamic})
     model = Conv()

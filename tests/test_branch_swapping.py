@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lightcache_fx as lc
+from lightcache_fx import compiler as compiler_module
 from lightcache_fx import runtime as runtime_module
 from lightcache_fx import swap_periods
 from lightcache_fx.caching import Cache
@@ -88,7 +89,7 @@ def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor])
 
 def made_of(model: Any) -> dict[int, Compiled]:
     """What was made of the only signature, by the number of branches."""
-    (found,) = model._lightcache.runtime.compiled.values()
+    (found,) = model._lightcache.runtime.repertoire.compiled.values()
     return dict(found.signature.compiled)
 
 
@@ -229,9 +230,9 @@ def test_each_weight_is_copied_once_for_each_call_that_fetches_it() -> None:
 
 def test_branches_are_learned_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     captures = []
-    original = runtime_module.capture
+    original = compiler_module.capture
     monkeypatch.setattr(
-        runtime_module, "capture", lambda *args, **kwargs: captures.append(1) or original(*args, **kwargs)
+        compiler_module, "capture", lambda *args, **kwargs: captures.append(1) or original(*args, **kwargs)
     )
     swapped = lc.transform(Tower(), policy("40%"))
     generate(swapped)
@@ -388,7 +389,7 @@ def test_calls_of_different_sizes_keep_one_budget(counts: bool, monkeypatch: pyt
     assert_same(found[swapped], found[plain])
     first = measure_peak(two_sizes(swapped)).peak_bytes + small_weights(model, swap_of(swapped))
     assert (first <= budget) == counts
-    plans = [made.plan for made in swapped._lightcache.runtime.compiled.values()]
+    plans = [made.plan for made in swapped._lightcache.runtime.repertoire.compiled.values()]
     assert len(plans) == 2
     kept = [plan.kept_bytes + plan.hoist.num_bytes for plan in plans]
     assert [plan.beside for plan in plans] == (kept[::-1] if counts else [0, 0])

@@ -12,8 +12,9 @@ from torch import nn
 
 import lightcache_fx as lc
 from lightcache_fx import Cache, Chunk, Policy, Swap
+from lightcache_fx import compiler as compiler_module
 from lightcache_fx import dynamic as dynamic_module
-from lightcache_fx import runtime as runtime_module
+from lightcache_fx import repertoire as repertoire_module
 from lightcache_fx.calls import Call, CallReader
 from lightcache_fx.resizing import resized
 from oracle import HookOracle, assert_bitwise, plain_step
@@ -48,7 +49,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 
         return run
 
-    monkeypatch.setattr(runtime_module, "capture", counted("static", runtime_module.capture))
+    monkeypatch.setattr(compiler_module, "capture", counted("static", compiler_module.capture))
     monkeypatch.setattr(dynamic_module, "capture", counted("dynamic", dynamic_module.capture))
     return found
 
@@ -506,7 +507,7 @@ def test_one_capture_counts_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_sizes_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch, captures: Captures) -> None:
-    monkeypatch.setattr(runtime_module, "MOST_SIZES", 3)
+    monkeypatch.setattr(repertoire_module, "MOST_SIZES", 3)
     model = Denoiser()
     transformed = lc.transform(model)
     for batch in (2, 3, 4, 5, 6, 7, 3):

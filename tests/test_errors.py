@@ -487,7 +487,7 @@ def test_a_run_after_a_step_that_raised() -> None:
         plain_step(transformed, **{**INPUTS, "timestep": torch.tensor(900 - step)})
     runtime = transformed._lightcache.runtime if isinstance(transformed, TransformedModule) else None
     assert runtime is not None
-    (compiled,) = runtime.compiled.values()
+    (compiled,) = runtime.repertoire.compiled.values()
     run = compiled.bound["reuse"]._run
 
     def fails(*_: Any) -> Any:
@@ -510,7 +510,7 @@ def test_earlier_programs_survive_a_capture_that_fails() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         plain_step(transformed, **{**INPUTS, "sample": torch.zeros(2, 5)})
     assert_bitwise(plain_step(transformed, **INPUTS), plain_step(model, **INPUTS))
-    assert len(transformed._lightcache.runtime.compiled) == 1
+    assert len(transformed._lightcache.runtime.repertoire.compiled) == 1
 
 
 class _Sampler(nn.Module):

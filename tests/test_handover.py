@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lightcache_fx as lc
-from lightcache_fx import runtime
+from lightcache_fx import compiler
 from lightcache_fx.caching import Cache
 from lightcache_fx.compiled import LastCall
 from lightcache_fx.costs import CPU
@@ -121,7 +121,7 @@ def runtime_of(pipe: Any, name: str) -> Any:
 
 
 def late(pipe: Any, name: str) -> int:
-    made = runtime_of(pipe, name).compiled.values()
+    made = runtime_of(pipe, name).repertoire.compiled.values()
     return sum(bound.late_copies for compiled in made for bound in compiled.bound.values())
 
 
@@ -132,7 +132,7 @@ def late_of(pipe: Any, name: str, **call: Any) -> int:
 
 
 def last_calls(pipe: Any, name: str) -> list[LastCall]:
-    return [last for compiled in runtime_of(pipe, name).compiled.values() for last in compiled.last.values()]
+    return [last for compiled in runtime_of(pipe, name).repertoire.compiled.values() for last in compiled.last.values()]
 
 
 def nothing_is_held(pipe: Any) -> bool:
@@ -143,7 +143,7 @@ def nothing_is_held(pipe: Any) -> bool:
 
 def budgets_kept(pipe: Any) -> bool:
     lasts = [(name, last.plan) for name in STAGES for last in last_calls(pipe, name)]
-    plans = {name: runtime_of(pipe, name).latest().plan.swap.plan for name in STAGES}
+    plans = {name: runtime_of(pipe, name).repertoire.latest().plan.swap.plan for name in STAGES}
     return all(last is None or last.peak_bytes <= plans[name].budget for name, last in lasts)
 
 
@@ -169,7 +169,7 @@ def test_the_next_stage_finds_its_first_weights(budget: str | None, interval: in
     assert later == [[5, later[0][1], 0]] * 3
     assert later[0][1] < first[1] or first[1] == 0
     assert len(last_calls(swapping, "encoder")) == len(last_calls(swapping, "denoiser")) == 1
-    (last,), denoiser = last_calls(swapping, "denoiser"), runtime_of(swapping, "denoiser").latest()
+    (last,), denoiser = last_calls(swapping, "denoiser"), runtime_of(swapping, "denoiser").repertoire.latest()
     assert not denoiser.bound[last.name].resident, "what it does not read makes room"
     assert budgets_kept(swapping)
 
@@ -261,13 +261,13 @@ def test_another_stage_than_was_expected() -> None:
 def test_other_sizes_than_were_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage's weights are the same for all, its programs are not; nothing is held while these are captured."""
     swapping, plain = pipelines(policy("40%"))
-    held, captured = [], runtime.capture
+    held, captured = [], compiler.capture
 
     def capturing(*args: Any, **kwargs: Any) -> Any:
         held.append(swapping._lightcache.ledger.handed.num_bytes())
         return captured(*args, **kwargs)
 
-    monkeypatch.setattr(runtime, "capture", capturing)
+    monkeypatch.setattr(compiler, "capture", capturing)
     for number, batch in enumerate((2, 2, 4, 4, 2, 4)):
         assert torch.equal(swapping(number, batch=batch), plain(number, batch=batch))
         assert nothing_is_held(swapping)
@@ -374,7 +374,7 @@ def test_the_budget_is_kept_and_the_peak_is_as_planned(budget: str) -> None:
     swapping()
     swapping()
     (last,) = last_calls(swapping, "denoiser")
-    plan = runtime_of(swapping, "denoiser").latest().plan.swap
+    plan = runtime_of(swapping, "denoiser").repertoire.latest().plan.swap
     assert last.plan is not None
     measured = measure_peak(swapping).peak_bytes
     small = sum(weight.nbytes for name, weight in swapping.denoiser.named_parameters() if name not in plan.weights)

@@ -178,7 +178,7 @@ def test_timelines_are_bounded_and_each_threads_own(monkeypatch: pytest.MonkeyPa
 def test_a_call_that_fails_is_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = lc.transform(Denoiser(), cached())
     generate(fast, 2, batch=2)
-    bound = fast._lightcache.runtime.latest().bound["full"]
+    bound = fast._lightcache.runtime.repertoire.latest().bound["full"]
     monkeypatch.setattr(bound, "_run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(fast, 2, batch=2)

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import lightcache_fx as lc
 from lightcache_fx import capture as capture_module
-from lightcache_fx import placement, runtime, verify
+from lightcache_fx import compiler, placement, verify
 from lightcache_fx.caching import Cache
 from lightcache_fx.calls import CallReader
 from lightcache_fx.capture import Capture, capture
@@ -70,7 +70,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[WeightsAway | None]:
         found.append(away)
         return capture(*args, away=away, **kwargs)
 
-    monkeypatch.setattr(runtime, "capture", noted)
+    monkeypatch.setattr(compiler, "capture", noted)
     return found
 
 
@@ -461,7 +461,7 @@ def test_guidance_in_several_calls(device: PretendDevice) -> None:
     for prompts in ((0,), (0, 1), (0,), (0, 1)):
         assert_same(generate(swapped, DEVICE, prompts=prompts), expected[prompts])
         assert lc.inspect(swapped).plan.branches == len(prompts)
-    (found,) = swapped._lightcache.runtime.compiled.values()
+    (found,) = swapped._lightcache.runtime.repertoire.compiled.values()
     assert sorted(found.signature.compiled) == [1, 2]
 
 
@@ -545,7 +545,7 @@ def test_the_same_module_on_the_cpu_and_on_the_device(device: PretendDevice) -> 
         assert [tensor.cpu().tolist() for tensor in found] == [tensor.tolist() for tensor in expected]
         assert {tensor.device for tensor in found} == {on}
         assert (runtime_.homes.device, runtime_.homes.tier) == (on, "disk" if on == CPU else "host")
-    assert len(runtime_.compiled) == 2
+    assert len(runtime_.repertoire.compiled) == 2
 
 
 def test_tensors_on_several_devices(device: PretendDevice) -> None:
@@ -621,7 +621,7 @@ def test_a_module_that_its_user_moves_to_the_device(
         homes = swapped._lightcache.runtime.homes
         assert (homes.origin, homes.device) == (DEVICE, DEVICE)
         assert not lc.inspect(swapped).plan.swap
-        assert not any(program.resident for program in swapped._lightcache.runtime.latest().bound.values())
+        assert not any(program.resident for program in swapped._lightcache.runtime.repertoire.latest().bound.values())
 
 
 @pytest.mark.parametrize(
@@ -640,7 +640,7 @@ def test_weights_that_were_sent_away_come_back_for_a_capture_where_they_fit(
     with make_device(capacity), torch.no_grad():
         swapped = lc.transform(model, Policy(memory_budget=budget))
         runtime_ = swapped._lightcache.runtime
-        runtime_._placement = Placement(DEVICE)
+        runtime_.repertoire.placement = Placement(DEVICE)
         runtime_.homes.origin = DEVICE
         runtime_.homes.compute_on(DEVICE, "host")
 

@@ -477,7 +477,7 @@ def cached(
     transformed = lc.transform(model, lc.Policy(cache=lc.Cache(cut=ZOO[name].cuts[0], interval=2)))
     with torch.no_grad():
         transformed(**arguments)
-    latest = runtime_of(transformed).latest()
+    latest = runtime_of(transformed).repertoire.latest()
     tensors = captured(model, **arguments).call.tensors
     graph_module = latest.programs[program].graph_module
     return graph_module, bound(graph_module, model, tensors, latest)

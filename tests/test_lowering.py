@@ -28,7 +28,7 @@ DITS = ["flux", "wan", "cogvideox", "hunyuanvideo", "pixart"]
 
 
 def states(module: nn.Module) -> dict[str, CompileState]:
-    found = {name: bound.compile_state for name, bound in module._lightcache.runtime.latest().bound.items()}
+    found = {name: bound.compile_state for name, bound in module._lightcache.runtime.repertoire.latest().bound.items()}
     return {name: state for name, state in found.items() if state is not None}
 
 
@@ -326,7 +326,7 @@ def test_layouts_are_bounded() -> None:
         for order in itertools.permutations(range(4)):
             sample = base.permute(order).contiguous().permute([order.index(d) for d in range(4)])
             assert torch.allclose(compiled(sample), model(sample))
-    for found in compiled._lightcache.runtime.compiled.values():
+    for found in compiled._lightcache.runtime.repertoire.compiled.values():
         assert len(found.bound["full"]._run._by_layout) <= 4
 
 

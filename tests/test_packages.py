@@ -61,7 +61,7 @@ import lightcache_fx as lc
 inductor.compile_fx = inductor.compile_fx_inner = no_compiler
 module = lc.load(folder, compiled=compiled == "True")
 results = [module(*args) for args in calls]
-states = {name: bound.compile_state for name, bound in module._lightcache.runtime.latest().bound.items()}
+states = {name: bound.compile_state for name, bound in module._lightcache.runtime.repertoire.latest().bound.items()}
 counts = {name: [state.compiled, state.loaded, len(state.parts)] for name, state in states.items()}
 assert not BLOCKED & set(sys.modules)
 torch.save({"results": results, "counts": counts}, f"{exchange}/results.pt")
@@ -87,7 +87,7 @@ def run(module: nn.Module) -> list[torch.Tensor]:
 
 
 def states(module: nn.Module) -> dict[str, CompileState]:
-    found = {name: bound.compile_state for name, bound in module._lightcache.runtime.latest().bound.items()}
+    found = {name: bound.compile_state for name, bound in module._lightcache.runtime.repertoire.latest().bound.items()}
     return {name: state for name, state in found.items() if state is not None}
 
 

@@ -213,9 +213,9 @@ def check(transformed: nn.Module, oracle: Any, cut: Any, found: list[dict[str, A
     """Two generations under each schedule, step by step. One capture serves all schedules."""
     runtime = runtime_of(transformed)
     for schedule in found:
-        ((key, compiled),) = runtime.compiled.items()
+        ((key, compiled),) = runtime.repertoire.compiled.items()
         plan = replace(compiled.plan, schedule=Schedules.of([lc.Cache(cut=cut, **schedule)]))
-        runtime.compiled[key] = replace(compiled, plan=plan)
+        runtime.repertoire.compiled[key] = replace(compiled, plan=plan)
         lc.reset(transformed)
         for run in range(2):
             for step, inputs in enumerate(steps_of(run)):

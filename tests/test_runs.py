@@ -164,7 +164,7 @@ def test_timesteps_of_any_kind(kind: Callable[[int], Any]) -> None:
     """Numbers, a 0-d tensor, one a sample; a number is no constant of the signature."""
     model = watched()
     assert model.run([kind(time) for time in TIMES], prompt(0)) == EVERY_3RD
-    assert len(model.transformed._lightcache.runtime.compiled) == 1
+    assert len(model.transformed._lightcache.runtime.repertoire.compiled) == 1
 
 
 def test_a_number_computes_what_a_number_computes_in_eager() -> None:
@@ -514,7 +514,7 @@ def test_more_signatures_than_are_kept() -> None:
     for step, time in enumerate(times(*TIMES)):
         batch = 1 + step % 3
         model(latent(step, batch), time, prompt(0, batch))
-        assert len(model.transformed._lightcache.runtime.compiled) == 1
+        assert len(model.transformed._lightcache.runtime.repertoire.compiled) == 1
 
 
 def test_reset_forgets_the_run() -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import lightcache_fx as lc
-from lightcache_fx import Cache, Chunk, Policy
-from lightcache_fx import runtime as runtime_module
+from lightcache_fx import Cache, Chunk, Policy, compiler
 from lightcache_fx.compiled import Compiled
 from lightcache_fx.costs import CPU
 from lightcache_fx.errors import BudgetError, LoadError, SaveError
@@ -65,7 +64,7 @@ def generate(model: Any, branches: int) -> list[torch.Tensor]:
 
 def made_of(model: Any) -> dict[int, Compiled]:
     """What was made of the only signature, by the number of branches."""
-    (found,) = model._lightcache.runtime.compiled.values()
+    (found,) = model._lightcache.runtime.repertoire.compiled.values()
     return dict(found.signature.compiled)
 
 
@@ -89,7 +88,7 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     forbidden: list[str] = []
 
     def refuse(name: str) -> Any:
-        original = getattr(runtime_module, name)
+        original = getattr(compiler, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             assert not forbidden, f"{name} was called by a loaded module"
@@ -98,7 +97,7 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for name in ("capture", "make_plan", "with_memory", "for_branches", "build_programs"):
-        monkeypatch.setattr(runtime_module, name, refuse(name))
+        monkeypatch.setattr(compiler, name, refuse(name))
     return forbidden
 
 
@@ -210,7 +209,7 @@ def test_edited(tmp_path: Path, change: Any, expected: str | None) -> None:
     saved(tmp_path / "saved", policy(), [1, 2])
     edit(tmp_path / "saved", change, "signature_1.json")
     if expected is None:  # another call, so another signature
-        assert len(lc.load(tmp_path / "saved")._lightcache.runtime.compiled) == 2
+        assert len(lc.load(tmp_path / "saved")._lightcache.runtime.repertoire.compiled) == 2
         return
     with pytest.raises(LoadError, match=rf"^signature_1\.json.*{expected}"):
         lc.load(tmp_path / "saved")

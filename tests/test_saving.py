@@ -308,6 +308,15 @@ def test_another_signature_is_refused(tmp_path: Path, args: tuple[Any, ...], exp
     assert torch.equal(loaded(*CALL), Denoiser()(*CALL))  # and it goes on
 
 
+@pytest.mark.parametrize("cut", ["blocks.3.1", "blocks.*.1"])
+def test_a_cut_at_modules_without_weights(tmp_path: Path, cut: str) -> None:
+    """Of the module only its weights are saved, so these have no place there: the programs know what is kept."""
+    fast = saved(Tower(), Policy(cache=Cache(cut=cut, interval=2)), tmp_path / "saved")
+    loaded = lc.load(tmp_path / "saved")
+    assert all(map(torch.equal, run(fast), run(loaded)))
+    assert lc.inspect(loaded).counts["reuse"] == 2
+
+
 # Weights ------------------------------------------------------------------------------------------------------------
 
 

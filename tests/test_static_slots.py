@@ -84,7 +84,7 @@ def test_a_slot_stays_where_it_is(compilations: list[Compilation]) -> None:
     (of_both,) = addresses
     assert len(set(of_both)) == len(of_both) == len(slots(plain)) == 2
     steps(compiled, (0, 1))
-    buffers = compiled._lightcache.runtime.latest().bound["full"].slot_buffers
+    buffers = compiled._lightcache.runtime.repertoire.latest().bound["full"].slot_buffers
     assert buffers.num_bytes() == lc.inspect(compiled).kept_bytes > 0
     assert len(compilations) == 2
 
@@ -110,7 +110,7 @@ def test_a_broken_off_run_leaves_its_buffers(compilations: list[Compilation], mo
     plain, compiled = lc.transform(model, CACHED), lc.transform(model, WITH_GRAPHS)
     steps(compiled)
     before = [slot.data_ptr() for slot in slots(compiled)]
-    bound = compiled._lightcache.runtime.latest().bound["full"]
+    bound = compiled._lightcache.runtime.repertoire.latest().bound["full"]
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("broken off")
@@ -156,7 +156,7 @@ def test_a_program_that_writes_to_buffers(backend: Callable[[Callable[..., Any]]
     model = Denoiser()
     transformed = lc.transform(model, CACHED)
     steps(transformed)
-    made = transformed._lightcache.runtime.latest()
+    made = transformed._lightcache.runtime.repertoire.latest()
     graph_module = made.programs["full"].graph_module
     before = lc.format_graph(graph_module)
     writing = writing_to_buffers(graph_module, [1])

@@ -69,7 +69,7 @@ def test_begun_before_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
         begun.append(warming._begin.cache_info().currsize == 1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightcache_fx.runtime.capture", capture)
+    monkeypatch.setattr("lightcache_fx.compiler.capture", capture)
     for compile_ in ("eager", INDUCTOR):
         module = lc.transform(Denoiser(), lc.Policy(compile=compile_))
         with pytest.raises(KeyboardInterrupt):

@@ -199,7 +199,7 @@ def predicted_peaks(pipe: Any) -> dict[str, int]:
         for method, runtime in module._lightcache.runtimes.items():
             decodes = "decode" if (name, method) == ("vae", "decode") else "encode"
             stage = "denoise" if module is denoiser_of(pipe) else decodes
-            for plan in (compiled.plan for compiled in runtime.compiled.values()):
+            for plan in (compiled.plan for compiled in runtime.repertoire.compiled.values()):
                 swapped = plan.swap.plan.peak_bytes if plan.swap is not None else None
                 peak = swapped or everything + _peak_beside_weights(runtime, plan)
                 found[stage] = max(found.get(stage, 0), peak)
@@ -207,7 +207,7 @@ def predicted_peaks(pipe: Any) -> dict[str, int]:
 
 
 def _peak_beside_weights(runtime: Runtime, plan: Plan) -> int:
-    programs = [program for compiled in runtime.compiled.values() for program in compiled.programs.values()]
+    programs = [program for compiled in runtime.repertoire.compiled.values() for program in compiled.programs.values()]
     steps = [timeline(p.graph_module.graph).peak_bytes for p in programs if p.name != "prologue"]
     return max(steps, default=0) + plan.kept_bytes + plan.hoist.num_bytes
 
