@@ -18,7 +18,7 @@ from lightcache_fx.liveness import timeline
 from lightcache_fx.passes.chunk_regions import chunked_copy
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Chunk, Swap
-from lightcache_fx.program import modules_of, whole_graphs
+from lightcache_fx.program import whole_programs
 from lightcache_fx.simulator import simulate
 from lightcache_fx.swap_periods import may_move_history, period_of, planned_period, prologue_transfers
 from lightcache_fx.swap_planner import floor_of
@@ -144,7 +144,7 @@ def _out_of_reach(
     """Names the floor: what the most demanding call needs where everything is cut and swapped."""
     swap = plan.policy.swap or Swap()
     try:
-        plan = with_chunks(capture, plan, {}.fromkeys(whole_graphs(capture, plan), reached).get, cuda=cuda)
+        plan = with_chunks(capture, plan, {}.fromkeys(whole_programs(capture, plan), reached).get, cuda=cuda)
     except BudgetError as error:
         log.debug("the floor is that of whole activations: %s", error)
     workload = period_of(capture, plan, swap, cuda, hardware, history_away=may_move_history(plan, swap)).cycle
@@ -165,12 +165,12 @@ def _limits(capture: Capture, plan: Plan, budget: int) -> Iterator[Limit]:
     The last comes last: it asks most of the activations, and a search for what cannot be reached takes longest.
     """
     yield _nothing
-    graphs = whole_graphs(capture, plan)
-    largest = max((node for graph in graphs.values() for node in placeholders(graph)), key=_weight_bytes)
+    wholes = whole_programs(capture, plan)
+    largest = max((node for whole in wholes.values() for node in placeholders(whole.graph)), key=_weight_bytes)
     for share in (1.0, 0.75):
         few = int(share * (budget - plan.always_bytes - 2 * _weight_bytes(largest)))
         if few > 0:
-            yield {}.fromkeys(graphs, few).get
+            yield {}.fromkeys(wholes, few).get
     held = plan.weight_bytes + plan.always_bytes
 
     def beside_all(name: str) -> int:
@@ -266,17 +266,16 @@ def with_chunks(capture: Capture, plan: Plan, limit: Limit, *, cuda: bool | None
     explicit = policy.chunk.regions if policy.chunk is not None else []
     chunks: dict[str, ChunkPlan] = {}
     notes: list[str] = []
-    graphs = whole_graphs(capture, plan)
-    asked = _asked_of_activations(policy.chunk, graphs, cuda)
+    wholes = whole_programs(capture, plan)
+    asked = _asked_of_activations(policy.chunk, wholes, cuda)
     is_share, best_effort = False, False
     if policy.chunk is not None:
         is_share, best_effort = isinstance(policy.chunk.budget, str), policy.chunk.best_effort
-    for name, graph in graphs.items():
+    for name, whole in wholes.items():
         must = limit(name)
         if policy.chunk is None and frames is None and must is None:
             continue
         regions = explicit if name != "prologue" else []
-        whole = fx.GraphModule(modules_of(capture, graph), graph)
         layers = policy.chunk.layers if policy.chunk is not None and name != "prologue" else None
         budget = min((size for size in (asked, must) if size is not None), default=None)
         may_miss = best_effort or (name == "prologue" and is_share and must is None)  # a share is one of steps
@@ -289,7 +288,7 @@ def with_chunks(capture: Capture, plan: Plan, limit: Limit, *, cuda: bool | None
                 notes += [_short_of_budget(name, chunk)] if best_effort else []
                 chunk = replace(chunk, budget=chunk.peak_after)
         if not chunk.fits:
-            raise BudgetError(_explain_floor(plan, name, chunk, graph), chunk.peak_after)
+            raise BudgetError(_explain_floor(plan, name, chunk, whole.graph), chunk.peak_after)
         chunks[name] = chunk
     return replace(plan, chunks=chunks, notes=(*plan.notes, *notes))
 
@@ -319,14 +318,15 @@ def _plan_exactly(whole: fx.GraphModule, request: Request) -> ChunkPlan:
     return chunk
 
 
-def _asked_of_activations(chunk: Chunk | None, graphs: Mapping[str, fx.Graph], cuda: bool | None) -> int | None:
+def _asked_of_activations(chunk: Chunk | None, wholes: Mapping[str, fx.GraphModule], cuda: bool | None) -> int | None:
     """Bytes for the activations of each program; a share is one of what the step with the highest peak takes.
 
     What runs once a generation has no share of its own: much of its peak is what it hands to the steps.
     """
     asked = chunk.budget if chunk is not None else None
     if isinstance(asked, str):
-        highest = max(timeline(graph, cuda=cuda).peak_bytes for name, graph in graphs.items() if name != "prologue")
+        steps = [whole.graph for name, whole in wholes.items() if name != "prologue"]
+        highest = max(timeline(graph, cuda=cuda).peak_bytes for graph in steps)
         return int(float(asked.removesuffix("%")) / 100 * highest)
     return asked
 

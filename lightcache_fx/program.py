@@ -105,10 +105,10 @@ def build_programs(capture: Capture, plan: Plan) -> dict[str, Program]:
     Where weights are swapped, steps that copy at other moments have programs of their own: `reuse`, `reuse_2`, ...
     """
     programs = {}
-    graphs = whole_graphs(capture, plan)
-    others = _fetchable(capture, plan, graphs["full"])
-    for name, whole in graphs.items():
-        graph = _chunked(whole, plan.chunks.get(name))
+    wholes = whole_programs(capture, plan)
+    others = _fetchable(capture, plan, wholes["full"].graph)
+    for name, whole in wholes.items():
+        graph = _chunked(whole.graph, plan.chunks.get(name))
         for variant, transfers in _variants(plan, name):
             copied, _ = copy_graph(graph)
             programs[variant] = _with_transfers(variant, capture, copied, transfers, plan, others)
@@ -128,9 +128,9 @@ def build_last(
         transfers: what it copies.
         following: fake tensors like the weights of the other model that it fetches, by name.
     """
-    graphs = whole_graphs(capture, plan)
-    others = _fetchable(capture, plan, graphs["full"]) | {("next", key): like for key, like in following.items()}
-    graph = _chunked(graphs[base], plan.chunks.get(base))
+    wholes = whole_programs(capture, plan)
+    others = _fetchable(capture, plan, wholes["full"].graph) | {("next", key): like for key, like in following.items()}
+    graph = _chunked(wholes[base].graph, plan.chunks.get(base))
     return _with_transfers(name, capture, graph, transfers, plan, others)
 
 
@@ -181,9 +181,9 @@ def _variants(plan: Plan, name: str) -> Iterable[tuple[str, Transfers]]:
     return {variant: transfers for variant, base, transfers in steps if base == name}.items()
 
 
-def whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
-    """The programs' graphs before anything is chunked."""
-    graphs = {}
+def whole_programs(capture: Capture, plan: Plan) -> dict[str, fx.GraphModule]:
+    """The programs before anything is chunked or swapped."""
+    graphs: dict[str, fx.Graph] = {}
     if plan.hoist.values:
         graphs["prologue"] = prologue_of(capture.graph_module.graph, plan=plan.hoist)
         run_passes(graphs["prologue"], [("remove_marks", remove_marks)])
@@ -195,7 +195,7 @@ def whole_graphs(capture: Capture, plan: Plan) -> dict[str, fx.Graph]:
     for name, passes in _pipelines(plan).items():
         graphs[name], _ = copy_graph(capture.graph_module.graph)
         run_passes(graphs[name], passes, keeps_outputs=not plan.made_by(name))
-    return graphs
+    return {name: fx.GraphModule(modules_of(capture, graph), graph) for name, graph in graphs.items()}
 
 
 def _pipelines(plan: Plan) -> dict[str, list[tuple[str, Pass]]]:

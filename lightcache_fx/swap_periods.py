@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import fx
-
 from lightcache_fx.capture import Capture
 from lightcache_fx.errors import BudgetError
 from lightcache_fx.graphs import input_of, num_bytes, placeholders
@@ -16,7 +14,7 @@ from lightcache_fx.passes.chunk_regions import chunked_copy
 from lightcache_fx.passes.insert_transfers import Transfers
 from lightcache_fx.plan import Plan
 from lightcache_fx.policy import Swap
-from lightcache_fx.program import modules_of, whole_graphs
+from lightcache_fx.program import whole_programs
 from lightcache_fx.swap_planner import SwapPlan, floor_of, plan_swaps
 from lightcache_fx.swap_transfers import leaving_after_use, places_of_slots, taken_at_begin, transfers_of
 from lightcache_fx.swapping import (
@@ -185,10 +183,10 @@ def period_of(
         hardware: as for `with_memory`.
         history_away: whether older values of slots are away but where they are read.
     """
-    graphs = {}
-    for name, graph in whole_graphs(capture, plan).items():
-        whole = fx.GraphModule(modules_of(capture, graph), graph)
-        graphs[name] = chunked_copy(whole.graph, plan.chunks[name].chunking).graph if name in plan.chunks else graph
+    graphs = {
+        name: chunked_copy(whole.graph, plan.chunks[name].chunking).graph if name in plan.chunks else whole.graph
+        for name, whole in whole_programs(capture, plan).items()
+    }
     on_cuda = timeline(graphs["full"], cuda=cuda).cuda
     hardware = hardware or hardware_of(graphs["full"], cuda=on_cuda, folder=swap.folder)
     least, fixed = least_movable(plan.weight_bytes), set[str]()

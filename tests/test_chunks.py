@@ -30,7 +30,7 @@ from lightcache_fx.module import capture_and_plan
 from lightcache_fx.passes.chunk_regions import Chunking, PlannedRegion, chunked_copy, find_region
 from lightcache_fx.passes.split_group_norm import group_norms
 from lightcache_fx.policy import Chunk, Decode, Layers, Policy, Region, Swap
-from lightcache_fx.program import build_programs, modules_of, whole_graphs
+from lightcache_fx.program import build_programs, whole_programs
 from zoo import ZOO
 
 TOLERANCE = 1e-5
@@ -255,6 +255,28 @@ def test_a_budget_is_a_share_of_what_the_program_takes() -> None:
     assert chunk.regions
 
 
+class Scale(nn.Module):
+    """Of a number that numpy reads, so that its calls stay opaque."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(0.5))
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample * float(self.factor.numpy())
+
+
+def test_a_share_of_a_program_that_calls_a_module() -> None:
+    module = nn.Sequential(FeedForward(), Scale()).eval()
+    sample = torch.randn(4, 300, 16)
+    transformed = lc.transform(module, Policy(chunk=Chunk(budget="60%")))
+    assert error((transformed(sample).detach(),), (module(sample).detach(),)) <= TOLERANCE
+    report = lc.inspect(transformed)
+    assert report.route == "export with 1 opaque"
+    assert report.plan.chunks["full"].regions
+    assert report.plan.chunks["full"].fits
+
+
 def test_a_share_is_one_of_what_steps_take_and_refuses_no_prologue() -> None:
     """Most of a prologue's peak are the values that it hands on, which no chunk makes smaller."""
     model, make_inputs = ZOO["animatediff"].build()
@@ -277,8 +299,7 @@ def test_transfers_find_the_nodes_of_regions_by_the_names_that_they_were_planned
         model, (), make_inputs(seed=0), policy, method=None, device=None, hardware=None, takes_turns=True
     )
     built = build_programs(captured, plan)
-    for name, graph in whole_graphs(captured, plan).items():
-        whole = fx.GraphModule(modules_of(captured, graph), graph)
+    for name, whole in whole_programs(captured, plan).items():
         planned = {node.name for node in chunked_copy(whole.graph, plan.chunks[name].chunking).graph.nodes}
         transfers = ("_arriving", "_here", "_leaving", "_gone", "_copy", "_home", "_later")
         assert plan.chunks[name].regions or name == "prologue"
