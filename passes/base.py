@@ -114,12 +114,10 @@ def _contract(graph: fx.Graph) -> tuple[object, ...]:
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors agree in shape, dtype, device and the strides that matter."""
-    sizes = list(map(expression, a.shape))
-    if (sizes, a.dtype, a.device, a.layout) != (list(map(expression, b.shape)), b.dtype, b.device, b.layout):
-        return False
-    strides = zip(sizes, map(expression, a.stride()), map(expression, b.stride()), strict=True)
-    return all(x == y for size, x, y in strides if size not in (0, 1))
+    """Whether two tensors agree in shape, dtype, device and all strides: kernels look at those of size 1 as well."""
+    kinds = [(tensor.dtype, tensor.device, tensor.layout) for tensor in (a, b)]
+    numbers = [list(map(expression, (*tensor.shape, *tensor.stride()))) for tensor in (a, b)]
+    return kinds[0] == kinds[1] and numbers[0] == numbers[1]
 
 
 def find_kept(by_name: Mapping[str, fx.Node], name: str, pass_name: str) -> fx.Node:

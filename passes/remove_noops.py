@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -17,10 +19,10 @@ _COPIES = {
     aten.contiguous.default, aten.clone.default, aten.lift_fresh_copy.default, aten.lift_fresh.default,
     aten.detach.default, aten.alias.default, aten.alias_copy.default, aten.detach_copy.default,
 }  # fmt: skip
-_VIEWS = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.permute.default,
-    aten.flatten.using_ints, aten.expand_as.default, aten.view_as.default,
+_RESHAPING = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.view_as.default,
 }  # fmt: skip
+_VIEWS = {*_RESHAPING, aten.expand.default, aten.permute.default, aten.expand_as.default}
 
 
 def remove_noops(graph: fx.Graph) -> PassResult:
@@ -63,7 +65,20 @@ def _kind(node: fx.Node) -> str | None:
 
 def _same_value(source: fx.Node, node: fx.Node) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
-    return isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and same_layout(before, after)
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and same_layout(before, after)):
+        return False
+    return node.target not in _RESHAPING or _keeps_strides(node, before)
+
+
+def _keeps_strides(node: fx.Node, before: torch.Tensor) -> bool:
+    """Whether a view to the same shape has the same strides; a trace's own may differ where there is one position."""
+    numbers = (*before.shape, *before.stride())
+    if 1 not in numbers or not all(isinstance(number, int) for number in numbers):
+        return True
+    twin = torch.empty_strided(before.shape, before.stride(), dtype=before.dtype, device="meta")
+    args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda _: twin)  # `view_as`: another of that shape
+    view: Any = node.target(twin, *args, **kwargs)  # type: ignore[operator]
+    return bool(view.stride() == twin.stride())
 
 
 def _is_identity_permutation(node: fx.Node) -> bool:

@@ -56,6 +56,19 @@ def test_not_where_type_strides_or_shape_change() -> None:
     assert operators(after) == operators(without_asserts)
 
 
+def test_a_view_that_changes_the_stride_of_one_position_stays() -> None:
+    """Convolutions choose their kernel by it: a FIR filter of diffusers has such a view, and lost its bits without."""
+
+    def function(sample: torch.Tensor) -> torch.Tensor:
+        return (sample * 2).unsqueeze(-1).permute(0, 3, 1, 2).view(2, 1, 4, 6) + 1
+
+    given = captured(function, X, normalized=False)
+    after, _ = given.apply(remove_asserts, remove_noops)
+    assert "aten.view.default" in operators(after)
+    (found,) = given.run(after)
+    assert found.stride() == function(X).stride()
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [
