@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lightcache_fx.calls import default_rate
 from lightcache_fx.compiler import Compiler
 from lightcache_fx.dynamo_sources import Frame
 from lightcache_fx.errors import ArgumentError, PolicyError, TransformError
@@ -160,12 +159,6 @@ class CompiledGraph:
                 self._reason,
             )
             policy = policy.model_copy(update={"cache": None})
-        if policy.cache is not None and not _takes_a_timestep(model, policy):
-            log.warning(
-                "torch.compile made a graph of %s that takes no timestep, so every call of it computes everything; pass"
-                " the timestep as a tensor, and not as a Python number",
-                type(model).__name__,
-            )
         if model.model_class is not None and is_autoencoder(model.model_class):
             policy = policy.of_autoencoder(model.method)
         key = (id(weight if weight is not None else self), repr(policy))
@@ -185,11 +178,6 @@ def refuse_moving_weights(policy: Policy, weight: torch.Tensor | None) -> None:
             f" torch.compile they cannot be kept elsewhere; use lightcache_fx.transform with Policy(compile=...), or"
             f" Swap(weights=False)"
         )
-
-
-def _takes_a_timestep(model: GraphModel, policy: Policy) -> bool:
-    names = {str(place.path[0]) for place in model.places if place.kind == "argument"}
-    return any(policy.rates.get(name, default_rate(name, first=False)) == "step" for name in names)
 
 
 def graphs_of(module: nn.Module) -> list[CompiledGraph]:

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 MAX_BRANCHES = 64
 """Calls of a denoising step whose state is kept."""
+_RISES = 3
+"""Calls in a row, each at a larger timestep than the one before, after which a warning is due."""
 _run_numbers = itertools.count()
 _current: ContextVar[MarkedRun | None] = ContextVar("lightcache_fx_run", default=None)
 _branch_name: ContextVar[str | None] = ContextVar("lightcache_fx_branch", default=None)
@@ -174,6 +176,7 @@ class RunTracker:
     """
 
     def __init__(self) -> None:
+        self._rises = 0
         self.reset()
 
     def reset(self) -> None:
@@ -230,6 +233,7 @@ class RunTracker:
         """
         begins = self._run_number is not None or self._time is None or time > self._time
         if begins:
+            self._count_rises(time)
             self.reset()
         if self._time is None or time < self._time:
             self._next_time(time)
@@ -255,6 +259,16 @@ class RunTracker:
         branch.inputs = inputs
         self._called.append(branch)
         return Position(branch, branch.step, certain=certain, begins_run=False)
+
+    def _count_rises(self, time: float) -> None:
+        """Warn where run after run seems to have one step, at a larger timestep each: they rise within a run, then."""
+        rises = self._run_number is None and self._time is not None and self._num_times == 1 and time > self._time
+        self._rises = self._rises + 1 if rises else 0
+        if self._rises == _RISES:
+            log.warning(
+                "timesteps rise from call to call, and a larger one is taken for the first of another run, so that"
+                " every step is full: mark runs with transform_pipeline or lightcache_fx.marked_run"
+            )
 
     def _repeat(self, branch: Branch, inputs: tuple[torch.Tensor, ...]) -> Position:
         """The same branch again at the same timestep: a second-order scheduler, or a run that began anew."""

@@ -76,7 +76,7 @@ class Runtime:
         self.schedule: Schedules | None = None
         self._rule = policy.adaptive
         self._guidance = policy.guidance
-        self._warned = False
+        self._told: set[str] = set()
         self._computes_all = Schedule.of_guidance(policy.guidance) if policy.guidance is not None else None
         self.watch = Watch(policy.guard, self.reader.owner) if policy.guard is not None else None
 
@@ -200,6 +200,7 @@ class Runtime:
             times = call.of_rate("step")
             if not times:  # nothing tells steps apart, so every call is a run of its own
                 self.tracker.reset()
+                self._warn_of_no_steps()
             reader = HostReader(times, inputs)
             position = self.tracker.locate(reader.time(self.tracker.branches), group, inputs, reader.equal)
         if position.begins_run:
@@ -227,9 +228,20 @@ class Runtime:
                 branch.derived.keep_differences(tensors, first.derived)
         return compiled.capture.rebuild_output(tensors)
 
+    def _warn_of_no_steps(self) -> None:
+        if self.policy.caches and "no steps" not in self._told:
+            self._told.add("no steps")
+            log.warning(
+                "%s takes no timestep, so that outside of a marked run every call is one of its own, and full: use"
+                " transform_pipeline or lightcache_fx.marked_run, or name the argument that changes at every step, as"
+                " in Policy(rates={'x': 'step'}); behind torch.compile, pass the timestep as a tensor, and not as a"
+                " Python number",
+                self.reader.owner,
+            )
+
     def _warn_of_one_branch(self, position: Position) -> None:
-        if position.step and len(self.tracker.branches) == 1 and not self._warned:
-            self._warned = True
+        if position.step and len(self.tracker.branches) == 1 and "one branch" not in self._told:
+            self._told.add("one branch")
             log.warning(
                 "guidance: %s is called once a step, so there is no other branch to derive; leave guidance out, or use"
                 " a pipeline that calls it once for each branch",

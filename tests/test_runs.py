@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -310,6 +311,49 @@ def test_rising_timesteps_are_never_stale() -> None:
             kinds.append(model(latent(0), time, conditioning))
             lc.step_done()
     assert kinds == EVERY_3RD
+
+
+def test_timesteps_that_rise_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Z-Image's and Lumina's pipelines pass 1 - t: outside of a marked run nothing is ever reused."""
+    model, conditioning = watched(), prompt(0)
+    with caplog.at_level(logging.WARNING, "lightcache_fx"):
+        model.run(times(*TIMES), conditioning)
+        model.run(times(*TIMES[::-1])[:3], conditioning)
+        for time in (700, 300, 900, 800):  # runs that were begun and left
+            model(latent(0), torch.tensor(time), conditioning)
+        assert caplog.text == ""
+        model.run(times(*TIMES[::-1]), conditioning)
+    (record,) = caplog.records
+    assert "timesteps rise from call to call" in record.message
+    assert "marked_run" in record.message
+
+
+class Timeless(nn.Module):
+    """Denoises tokens of which some are masked, as UVit does: nothing tells it the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.middle = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample + self.middle(self.inner(sample))
+
+
+def test_a_model_without_a_timestep_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    fast = lc.transform(Timeless().eval(), lc.Policy(cache=lc.Cache(cut="middle", interval=3)))
+    with caplog.at_level(logging.WARNING, "lightcache_fx"), torch.no_grad():
+        for _ in range(2):
+            with lc.marked_run(3):
+                for step in range(3):
+                    fast(latent(step))
+                    lc.step_done()
+        assert lc.inspect(fast).counts == {"full": 2, "reuse": 4}
+        assert caplog.text == ""
+        for step in range(3):
+            fast(latent(step))
+    assert lc.inspect(fast).counts == {"full": 5, "reuse": 4}
+    (record,) = caplog.records
+    assert "Timeless takes no timestep" in record.message
 
 
 # Branches ---------------------------------------------------------------------------------------------------------
