@@ -12,7 +12,7 @@ import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from torch.utils import _pytree as pytree
 
 from lightcache_fx.errors import ArgumentError
 from lightcache_fx.policy import Rate
+
+if TYPE_CHECKING:
+    from lightcache_fx.readings import Readings
 
 _CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.layout,
@@ -141,6 +144,10 @@ class CapturedCall(Protocol):
     @property
     def route(self) -> str:
         """How the model was captured."""
+
+    @property
+    def readings(self) -> Readings | None:
+        """What it takes for granted of the values of a call's tensors."""
 
     def rebuild_output(self, tensors: Sequence[object]) -> object:
         """The model's own output structure around the tensors that a program returned."""

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,18 +26,31 @@ from lightcache_fx.calls import Call, CallLayout
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError, SwapError
 from lightcache_fx.fetching import WeightsAway, aliases
-from lightcache_fx.graphs import GraphInput, drop_unused_inputs, input_of, placeholders, written_input
+from lightcache_fx.graphs import (
+    GraphInput,
+    describe,
+    drop_unused_inputs,
+    input_of,
+    note_sizes,
+    placeholders,
+    written_by,
+    written_input,
+)
 from lightcache_fx.marks import Mark, place_marks
 from lightcache_fx.module_state import ModuleState, weight_slots
 from lightcache_fx.opaque import bind_opaque_calls, opaque_submodules, suspect_path
 from lightcache_fx.rates import draws_random_numbers
+from lightcache_fx.readings import Readings, noted, split_readings
 from lightcache_fx.stand_ins import forget_fetches, stand_ins
 from lightcache_fx.tracing import WRAPPER, FlatCall, Traced, Varying, trace_by_export, trace_real_tensors
-from lightcache_fx.verify import check_against_eager
+from lightcache_fx.verify import check_against_eager, graph_arguments
 
 log = logging.getLogger(__name__)
 
 _MAX_OPAQUE = 8
+"""Exports that are tried with another opaque submodule each, or with all of a class."""
+_MAX_NAMED = 4
+_ADVICE = "make that line independent of tensor values, or leave this model untransformed"
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,7 @@ class Capture:
         route: `export`, `export with ... opaque` or `trace`.
         verified: whether the graph was compared with eager (never for fake tensors).
         layout: the call that it was captured from.
+        readings: what it takes for granted of the values of the call's tensors; None where that is nothing.
     """
 
     graph_module: fx.GraphModule
@@ -62,6 +77,7 @@ class Capture:
     route: str
     verified: bool
     layout: CallLayout
+    readings: Readings | None = None
 
     def rebuild_output(self, tensors: Sequence[object]) -> object:
         """The model's own output structure around the tensors that a program returned."""
@@ -69,6 +85,15 @@ class Capture:
         for position, value in self.output_constants:
             flat.insert(position, value)
         return pytree.tree_unflatten(flat, self.output_spec)
+
+    def holds_for(self, module: nn.Module, call: Call) -> bool:
+        """Whether what was taken for granted of the values of tensors is so in a call of the same layout."""
+        return self.readings is None or self.readings.hold_for(self.read_of(module, call.tensors))
+
+    def read_of(self, module: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What `readings` reads."""
+        assert self.readings is not None
+        return graph_arguments(self, self.readings.graph_module.graph, module, tensors)
 
 
 def capture(
@@ -106,7 +131,7 @@ def capture(
         tensor.device.type == "meta" for tensor in (*call.tensors, *module.parameters())
     )
     # Inference tensors cannot be versioned or exported, so everything here runs outside inference mode.
-    with CAPTURE_LOCK.capturing(), torch.inference_mode(False), torch.no_grad():
+    with CAPTURE_LOCK.capturing(), torch.inference_mode(False), torch.no_grad(), _random_state(call):
         call = Call(call.layout, tuple(_own(call.tensors)))
         weights = {name: table[key] for name, (table, key) in weight_slots(module).items()}
         with _put_back(module) as buffers:
@@ -132,10 +157,9 @@ def capture(
             )
         return captured
     if attempt.mismatch is not None:
-        raise type(attempt.mismatch)("; ".join(attempt.failures)) from attempt.mismatch
+        raise type(attempt.mismatch)("; ".join((*attempt.failures, _ADVICE))) from attempt.mismatch
     raise CaptureError(
-        f"{type(module).__name__} cannot be captured as one static graph: {'; '.join(attempt.failures)}; make that line"
-        f" independent of tensor values, or leave this model untransformed"
+        f"{type(module).__name__} cannot be captured as one static graph: {'; '.join((*attempt.failures, _ADVICE))}"
     )
 
 
@@ -148,9 +172,15 @@ def check_at_another_size(captured: Capture, module: nn.Module, call: Call) -> N
         CaptureMismatchError: it computes something else.
     """
     refuse_autocast(call)
-    with CAPTURE_LOCK.capturing(), torch.inference_mode(False), torch.no_grad(), _put_back(module):
+    with CAPTURE_LOCK.capturing(), torch.inference_mode(False), torch.no_grad(), _random_state(call), _put_back(module):
         call = Call(call.layout, tuple(_own(call.tensors)))
         check_against_eager(replace(captured, layout=call.layout), module, call)
+
+
+def _random_state(call: Call) -> AbstractContextManager[None]:
+    """Put torch's random generators back behind a capture, so that the call draws what it would have without."""
+    devices = {tensor.device for tensor in call.tensors if tensor.device.type == "cuda"}
+    return torch.random.fork_rng(devices=sorted(devices, key=str))
 
 
 _Buffer = tuple[str, torch.Tensor, int, torch.Tensor]
@@ -201,13 +231,25 @@ class _Attempt:
         """The first route's capture that passes the check."""
         if self.varying:
             return self.by("export", self._export)
-        return self.by("export", self._export) or self.by_opaque_submodules() or self.by("trace", self._trace_runs)
+        return (
+            self.by("export", self._export)
+            or self.by_opaque_submodules()
+            or self.by("trace", self._trace_runs)
+            or self.by_readings()
+        )
 
-    def by(self, route: str, trace: _Trace, *, around: AbstractContextManager[None] | None = None) -> Capture | None:
+    def by(
+        self,
+        route: str,
+        trace: _Trace,
+        *,
+        around: AbstractContextManager[None] | None = None,
+        read: Sequence[object] | None = None,
+    ) -> Capture | None:
         """The verified capture of one route, or None with the reason noted; the module is as it was either way."""
         if self.fake and route != "export":
             return None
-        flat = self._flat_call()
+        flat = self._flat_call(read)
         try:
             with around or nullcontext():
                 traced = _own_lazy_weights(trace(flat, self.call.tensors), self.module, self.weights)
@@ -217,7 +259,12 @@ class _Attempt:
                     _read_sizes_from_inputs(captured.graph_module)
             if not self.fake:
                 with self._fetched():
+                    if captured.readings is not None:
+                        arguments = captured.read_of(self.module, self.call.tensors)
+                        captured.readings.values = captured.readings.read(arguments)
                     check_against_eager(captured, self.module, self.call)
+                    graph = captured.graph_module.graph
+                    note_sizes(captured.graph_module, graph_arguments(captured, graph, self.module, self.call.tensors))
         except (ArgumentError, SwapError):
             raise
         except CaptureMismatchError as error:
@@ -262,19 +309,39 @@ class _Attempt:
                 f" it would be read where it is kept"
             )
 
-    def _flat_call(self) -> FlatCall:
-        return FlatCall(self.module, self.call.layout, self.mark, whole_numbers=self.whole_numbers)
+    def _flat_call(self, read: Sequence[object] | None = None) -> FlatCall:
+        return FlatCall(self.module, self.call.layout, self.mark, whole_numbers=self.whole_numbers, read=read)
+
+    def by_readings(self) -> Capture | None:
+        """Export with what a run reads of tensors' values; what was read is checked before the capture is used."""
+        if self.fake:
+            return None
+        try:
+            with noted() as read:
+                self._run()
+        except Exception as error:  # noqa: BLE001 - by other arguments, a number as a float, say: other routes tell of it
+            log.debug("a run of %s failed: %s", type(self.module).__name__, error)
+            return None
+        return self.by("export by values", self._export, read=read) if read else None
 
     def by_opaque_submodules(self) -> Capture | None:
         """Export with the innermost module that stopped the trace as one operation; again while others stop it."""
         paths: list[str] = []
-        while not self.fake and len(paths) < _MAX_OPAQUE and self.last_error is not None:
-            path = suspect_path(self.module, self.last_error)
-            if path is None or path in paths:
+        for number in range(_MAX_OPAQUE):
+            path = suspect_path(self.module, self.last_error) if self.last_error is not None else None
+            if self.fake or path is None or path in paths:
                 return None
-            paths.append(path)
+            kind = type(self.module.get_submodule(path))
+            if any(type(self.module.get_submodule(other)) is kind for other in paths):  # a block's, so every block's
+                alike = (name for name, part in self.module.named_modules() if type(part) is kind)
+                paths += [name for name in alike if name not in paths]
+            else:
+                paths.append(path)
+            if number:
+                self.failures.pop()  # of fewer opaque ones
             regions = opaque_submodules(self.module, paths, self._run)
-            captured = self.by(f"export with {', '.join(paths)} opaque", self._export, around=regions)
+            names = ", ".join(paths) if len(paths) <= _MAX_NAMED else f"{paths[0]} and {len(paths) - 1} more"
+            captured = self.by(f"export with {names} opaque", self._export, around=regions)
             if captured is not None:
                 return captured
         return None
@@ -336,16 +403,30 @@ def _finish(flat: FlatCall, traced: Traced, *, route: str, verified: bool) -> Ca
         binding = input_of(written)
         kind = {"user": "argument"}.get(binding.kind, binding.kind)
         raise CaptureError(f"forward writes to its {kind} {binding.name}; a step must be pure")
+    left = next((node for node in graph.nodes for _ in written_by(node)), None)
+    if left is not None:
+        raise CaptureError(f"forward writes in place by {describe(left)} = {left.target}; a step must be pure")
     place_marks(graph)
     graph_module = normalize(fx.GraphModule(traced.graph_module, graph, class_name="Capture"))
     drop_unused_inputs(graph_module.graph, ("weight", "constant"))
-    graph_module.recompile()
-    used = {input_of(node).name for node in placeholders(graph_module.graph)}
-    constants = {name: value for name, value in traced.constants.items() if name in used}
     record = flat.record
     assert record.spec is not None
+    num_outputs = record.spec.num_leaves - len(record.constants)
+    readings = split_readings(graph_module.graph, num_outputs, graph_module) if flat.read is not None else None
+    graph_module.recompile()
+    every = [graph_module.graph, *([readings.graph_module.graph] if readings is not None else [])]
+    used = {input_of(node).name for one in every for node in placeholders(one)}
+    constants = {name: value for name, value in traced.constants.items() if name in used}
     return Capture(
-        graph_module, constants, record.spec, record.constants, tuple(record.marks), route, verified, flat.layout
+        graph_module,
+        constants,
+        record.spec,
+        record.constants,
+        tuple(record.marks),
+        route,
+        verified,
+        flat.layout,
+        readings,
     )
 
 
@@ -375,8 +456,19 @@ def _strip_wrapper(stack: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, An
 def explain_failure(error: BaseException) -> str:
     """One line: what stopped a route, and the innermost line of model code it was at."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = first.partition(_HINT_OF_TORCH)[0].strip()
     where = _model_line(error)
     return f"{type(error).__name__}: {first[:300]}{f' at {where}' if where else ''}"
+
+
+_HINT_OF_TORCH = "It may be possible to trace this with dynamic shapes"
+
+
+def _is_ours(file: str) -> bool:
+    from lightcache_fx import passes
+
+    folders: list[str] = [*passes.__path__, str(Path(__file__).parent)]
+    return any(Path(folder) in Path(file).parents for folder in folders)
 
 
 def _model_line(error: BaseException) -> str:
@@ -385,7 +477,7 @@ def _model_line(error: BaseException) -> str:
 
     found = ""
     for frame in traceback.extract_tb(error.__traceback__):
-        if not re.search(r"[/\\](torch|lightcache_fx)[/\\]", frame.filename):
+        if not (re.search(r"[/\\]torch[/\\]", frame.filename) or _is_ours(frame.filename)):
             file = re.split(r"[/\\]", frame.filename)[-1]
             found = f"{file}:{frame.lineno}, in {frame.name}: {frame.line}"
     return found

@@ -16,7 +16,7 @@ from torch import fx, nn
 from lightcache_fx.caching import Auto, Cache, Cut, Residual
 from lightcache_fx.errors import CutError, NotCalledError, nearest
 from lightcache_fx.flops import count_flops
-from lightcache_fx.graphs import ancestors, describe, input_of, is_view, num_bytes, outputs, placeholders
+from lightcache_fx.graphs import ancestors, describe, expression, input_of, is_view, num_bytes, outputs, placeholders
 from lightcache_fx.joins import find_joins
 from lightcache_fx.marks import MARK, Mark, marked_nodes
 from lightcache_fx.policy import Rate
@@ -278,7 +278,7 @@ def _addends(node: fx.Node) -> set[fx.Node]:
 
 def _type_of(node: fx.Node) -> tuple[object, ...]:
     value = node.meta["val"]
-    return tuple(value.shape), value.dtype, value.device
+    return tuple(map(expression, value.shape)), value.dtype, value.device
 
 
 def measure_cut(facts: GraphFacts, label: str, kept: Sequence[tuple[fx.Node, fx.Node | None]]) -> CutChoice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import fx
@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightcache_fx.graphs import calls, concrete_size, is_view
+from lightcache_fx.graphs import agreeing_size, calls, expression, is_view
 
 log = logging.getLogger(__name__)
 
@@ -57,23 +57,36 @@ class _Counter:
         return self._known[key]
 
     @staticmethod
-    def _count(target: OpOverload, flat: Iterable[object], spec: pytree.TreeSpec) -> int:
-        leaves = [_twin(x) if isinstance(x, torch.Tensor | torch.SymInt) else x for x in flat]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                target(*args, **kwargs)
-        except NotImplementedError as reason:  # shapes that depend on data: nothing that multiplies matrices
-            log.debug("no FLOP count for %s: %s", target, reason)
-            return 0
-        return int(counter.get_total_flops())
+    def _count(target: OpOverload, flat: Sequence[object], spec: pytree.TreeSpec) -> int:
+        given = [x for x in flat if isinstance(x, torch.Tensor | torch.SymInt)]
+        sizes = [n for x in given for n in (x.shape if isinstance(x, torch.Tensor) else [x])]
+        symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
+        for as_seen in (False, True) if symbolic else (False,):
+            leaves = [_twin(x, as_seen=as_seen) for x in flat]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            try:
+                with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                    target(*args, **kwargs)
+            except NotImplementedError as reason:  # shapes that depend on data: nothing that multiplies matrices
+                log.debug("no FLOP count for %s: %s", target, reason)
+                return 0
+            except RuntimeError as reason:  # sizes that must agree do not, at their bounds
+                if not symbolic:
+                    raise
+                log.debug("no FLOP count for %s at sizes %s: %s", target, "seen" if as_seen else "bound", reason)
+            else:
+                return int(counter.get_total_flops())
+        log.info("%s counts as no FLOPs: its sizes depend on data, and nothing has shown them", target)
+        return 0
 
 
-def _twin(value: torch.Tensor | torch.SymInt) -> torch.Tensor | int:
+def _twin(value: object, *, as_seen: bool) -> object:
     if isinstance(value, torch.SymInt):
-        return concrete_size(value)
-    tensor = value
-    return torch.empty([concrete_size(size) for size in tensor.shape], dtype=tensor.dtype, device="meta")
+        return agreeing_size(value, as_seen=as_seen)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [agreeing_size(size, as_seen=as_seen) for size in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 def _body(node: fx.Node) -> fx.GraphModule | None:
@@ -83,5 +96,5 @@ def _body(node: fx.Node) -> fx.GraphModule | None:
 
 def _type_key(value: object) -> Hashable:
     if isinstance(value, torch.Tensor):
-        return tuple(map(concrete_size, value.shape)), value.dtype
+        return tuple(map(expression, value.shape)), value.dtype
     return (type(value), str(value))

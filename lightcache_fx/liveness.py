@@ -30,7 +30,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
-from lightcache_fx.graphs import input_of, is_mark, module_path
+from lightcache_fx.graphs import agreeing_size, depends_on_data, input_of, is_mark, module_path
+from lightcache_fx.quiet import quiet_logs
 from lightcache_fx.units import format_bytes
 from lightcache_fx.workspaces import attention_on_cuda, workspace_bytes
 
@@ -43,7 +44,6 @@ _UNPREDICTABLE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
-_UNBOUNDED = 2**40
 _LINEAR = torch.ops.aten.linear.default
 _VIEW = torch.ops.aten.view.default
 _WITH_NUMBERS = {
@@ -227,7 +227,7 @@ def timeline(graph: fx.Graph, *, cuda: bool | None = None) -> Timeline:
             or for the CPU; by default whichever the values are on. On CUDA only what is on the device counts.
     """
     # A region's own peak may be asked for while the timeline of the graph around it is made.
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), quiet_logs():
         return _Run(graph, cuda).timeline()
 
 
@@ -328,7 +328,11 @@ class _Run:
             return target(*args, **kwargs)
         except _UNPREDICTABLE:
             self.assumed.append(node)
-            return self.fresh(node)
+        except RuntimeError:
+            if not depends_on_data(node):
+                raise
+            self.assumed.append(node)  # sizes that must agree do not, at their bounds
+        return self.fresh(node)
 
     def call_module(self, node: fx.Node, args: Sequence[Any]) -> Any:
         owner = node.graph.owning_module
@@ -366,11 +370,11 @@ class _Run:
 
     def fake_leaf(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            sizes, strides = ([_concrete(n) for n in given] for given in (value.shape, value.stride()))
+            sizes, strides = ([agreeing_size(n) for n in given] for given in (value.shape, value.stride()))
             device = self.device(value.device) if self.moves else value.device
             with self.tracker.paused():
                 return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
-        return _concrete(value)
+        return agreeing_size(value) if isinstance(value, torch.SymInt) else value
 
     def device(self, _: torch.device) -> torch.device:
         # With its index: without one `aten.to` asks CUDA's runtime, which a CPU build of torch has not.
@@ -394,22 +398,6 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         seen.update(dying)
         found[node] = dying if node.users else [*dying, node]
     return found
-
-
-def _concrete(value: Any) -> Any:
-    """A symbolic size as a number: as in the call that was captured, or, where it depends on data, at an upper bound.
-
-    Sizes computed from one another agree with each other, as bounds of each one by itself would not: where `n` is at
-    most 7, `n + (7 - n)` is 7.
-    """
-    if not isinstance(value, torch.SymInt):
-        return value
-    node = value.node
-    if node.has_hint():
-        return int(node.hint)
-    uppers = {symbol: node.shape_env.var_to_range[symbol].upper for symbol in node.expr.free_symbols}
-    known = {symbol: upper for symbol, upper in uppers.items() if upper.is_number and upper < _UNBOUNDED}
-    return int(node.expr.subs({symbol: known.get(symbol, 1) for symbol in uppers}))
 
 
 class _Tracker(TorchDispatchMode):

@@ -191,6 +191,7 @@ class LoadedCall:
     record: OutputRecord
     output: Tree = field(compare=False)
     output_constants: tuple[tuple[int, object], ...] = field(compare=False)
+    readings: None = None
 
     @classmethod
     def of(cls, record: SignatureRecord, file: str) -> LoadedCall:

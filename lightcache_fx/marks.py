@@ -79,10 +79,13 @@ def _hooks(path: str, marks: list[Mark]) -> tuple[Callable[..., Any], Callable[.
 
     def pass_through(tree: object, side: Literal["in", "out"]) -> object:
         flat, spec = pytree.tree_flatten(tree)
+        marked: dict[int, torch.Tensor] = {}  # a tensor that is there twice stays one: it may be written to
         for index, leaf in enumerate(flat):
             if isinstance(leaf, torch.Tensor):
-                flat[index] = mark(leaf, len(marks))
-                marks.append(Mark(path, side, calls[side], index))
+                if id(leaf) not in marked:
+                    marked[id(leaf)] = mark(leaf, len(marks))
+                    marks.append(Mark(path, side, calls[side], index))
+                flat[index] = marked[id(leaf)]
         calls[side] += 1
         return pytree.tree_unflatten(flat, spec)
 

@@ -33,6 +33,8 @@ MAX_PERIOD = 8
 _MAX_CALLS = 16
 """Likewise, where a step has a call for each guidance branch."""
 _MIN_PERIOD = 3
+_LEAST_SAVED = 0.05
+"""Of a full step's FLOPs; a cut that saves less is told of."""
 """Steps: a full one, those in the middle, and the last before the next full one."""
 
 
@@ -340,8 +342,9 @@ def make_plan(capture: Capture, policy: Policy, module: nn.Module) -> Plan:
             f"a reuse step of cut {choice.label} does not read the current latent: it repeats the last full step's"
             f" prediction; for a transformer Residual(first=..., last=...) keeps the latent"
         )
-    if choice is not None and choice.reuse_flops >= step.total_flops():
-        notes.append(f"cut {choice.label} saves no FLOPs")
+    if choice is not None and choice.reuse_flops > (1 - _LEAST_SAVED) * (whole := step.total_flops()):
+        share = f"only {1 - choice.reuse_flops / whole:.1%} of a step's" if choice.reuse_flops < whole else "no"
+        notes.append(f"cut {choice.label} saves {share} FLOPs; cut='auto' finds where more is saved")
     if policy.decode is not None and policy.decode.approximate and capture.layout.method == "decode":
         notes.append("approximate: frames of different slices are decoded as if they were of different videos")
     plan = Plan(

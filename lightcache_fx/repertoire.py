@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import Call, CallLayout, CallReader
+from lightcache_fx.capture import Capture
 from lightcache_fx.capture_lock import CAPTURE_LOCK
 from lightcache_fx.compiled import Compiled
 from lightcache_fx.dynamic import MOST_SIZES
@@ -42,6 +43,12 @@ def homes_of(module: nn.Module, policy: Policy) -> Homes:
 
 def _tier(policy: Policy, *, on_cpu: bool) -> Tier:
     return (policy.swap or Swap()).to or ("disk" if on_cpu else "host")
+
+
+def _key_of(made: Compiled) -> tuple[CallLayout, Hashable]:
+    """By the call and the state of the module; and where the capture takes values for granted, by these."""
+    key, readings = made.signature.state.key, made.capture.readings
+    return made.capture.layout, (key if readings is None else (key, readings.key))
 
 
 class Repertoire(ABC):
@@ -109,7 +116,7 @@ class Repertoire(ABC):
     def keep(self, made: Compiled) -> Compiled:
         """Hold what was made, as what was used last."""
         with self._lock:
-            self.compiled[(made.capture.layout, made.signature.state.key)] = made
+            self.compiled[_key_of(made)] = made
             if made.plan.beside:
                 made.signature.beside[made.plan.branches, made.plan.beside] = made
             else:
@@ -122,11 +129,19 @@ class Repertoire(ABC):
             if not self.state.unchanged():
                 self._notice_moves()
                 self.state = ModuleState.take(self.module, self.homes.device_of)
-            key = (call.layout, self.state.key)
-            found = self.compiled.get(key)
+            found = self.compiled.get((call.layout, self.state.key)) or self._by_values(call)
             if found is not None:
-                self.compiled.move_to_end(key)
+                self.compiled.move_to_end(_key_of(found))
             return found
+
+    def _by_values(self, call: Call) -> Compiled | None:
+        """What was made for calls in which the model reads the same of its tensors."""
+        for made in reversed(self.compiled.values()):
+            captured = made.capture
+            is_like = captured.layout == call.layout and made.signature.state.key == self.state.key
+            if is_like and isinstance(captured, Capture) and captured.holds_for(self.module, call):
+                return made
+        return None
 
     def _drop_oldest(self, made: Compiled) -> None:
         """Hold at most `max_signatures` captures; one of sizes that vary is dropped as a whole, and counts once."""

@@ -109,8 +109,8 @@ def save(
             raise SaveError(
                 f"save: {type(module).__name__} has no programs"
                 + (
-                    " but those of sizes that vary, of which none can be saved as asked; transform it with"
-                    " Policy(dynamic=False), and call it once for each size"
+                    " but such as cannot be saved as asked, as warnings say; where these are of sizes that vary,"
+                    " transform it with Policy(dynamic=False), and call it once for each size"
                     if present
                     else " in the state that it is in; call it once, as it will be called"
                 )
@@ -132,6 +132,12 @@ def save(
 def _savable(present: Iterable[list[Compiled]], module: nn.Module, *, compiled: bool) -> Iterator[list[Compiled]]:
     """What can be saved, a size of those that vary as it is at that size; what is left out is named in a warning."""
     for every in present:
+        if every[-1].capture.readings is not None:
+            log.warning(
+                "save: left out %s: it holds for some values of its tensors alone, and others could not be captured",
+                every[-1].capture.layout.shapes(),
+            )
+            continue
         if every[-1].signature.dynamic is None:
             yield every
             continue

@@ -86,17 +86,18 @@ class Sizes:
                 if isinstance(size, sympy.Symbol):
                     symbols.setdefault(size, (index, dim))
         environment = _environment_of(captured.graph_module.graph)
-        conditions = _conditions(environment) if environment is not None else ()
-        made = cls(captured.layout, shapes, strides, symbols, conditions)
-        made._check_symbols(captured.graph_module.graph)
-        return made
-
-    def _check_symbols(self, graph: fx.Graph) -> None:
-        used = [value for node in graph.nodes for value in _numbers_of(node.meta.get("val"))]
-        for expr in (*map(sympy.sympify, used), *self.conditions, *(n for row in self.shapes for n in row)):
-            unknown = sorted(map(str, expr.free_symbols - self.symbols.keys()))
+        values = (node.meta.get("val") for node in captured.graph_module.graph.nodes)
+        used = [sympy.sympify(number) for value in values for number in _numbers_of(value)]
+        used += [size for shape in shapes for size in shape]
+        known = symbols.keys() | set[sympy.Basic]().union(*(expr.free_symbols for expr in used))
+        taken = _conditions(environment) if environment is not None else ()
+        # Of symbols that nothing has a size of (an argument is a view, and of the tensor behind it) nothing follows.
+        conditions = tuple(c for c in taken if not c.free_symbols or c.free_symbols & known)
+        for expr in (*used, *conditions):
+            unknown = sorted(map(str, expr.free_symbols - symbols.keys()))
             if unknown:
                 raise CaptureError(f"{unknown[0]} in {expr} is not the size of an input")
+        return cls(captured.layout, shapes, strides, symbols, conditions)
 
     def is_open(self, varying: Varying) -> bool:
         """Whether all of these dimensions are symbols, or computed from symbols."""

@@ -13,16 +13,20 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
+from torch.export import _trace as export_trace
 from torch.export.graph_signature import InputKind as ExportInput
 from torch.export.graph_signature import OutputKind
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import CallLayout, method_of
 from lightcache_fx.errors import ArgumentError, CaptureError
 from lightcache_fx.graphs import GraphInput, writes_in_place
 from lightcache_fx.marks import Mark, marked_modules
+from lightcache_fx.quiet import quiet_logs
+from lightcache_fx.readings import repeated
 
 WRAPPER = "model"
 
@@ -42,11 +46,18 @@ class OutputRecord:
 class FlatCall(nn.Module):
     """The model as a function of flat tensors that returns flat tensors.
 
-    What the caller gave as a Python integer comes as float64; `whole_numbers` passes it on as int64.
+    What the caller gave as a Python integer comes as float64; `whole_numbers` passes it on as int64. `read` is what the
+    model reads of tensors' values, in order; the tensors come behind the outputs.
     """
 
     def __init__(
-        self, model: nn.Module, layout: CallLayout, marked: Sequence[str], *, whole_numbers: bool = False
+        self,
+        model: nn.Module,
+        layout: CallLayout,
+        marked: Sequence[str],
+        *,
+        whole_numbers: bool = False,
+        read: Sequence[object] | None = None,
     ) -> None:
         super().__init__()
         self.train(model.training)
@@ -54,6 +65,7 @@ class FlatCall(nn.Module):
         self.layout = layout
         self.marked = tuple(marked)
         self.whole = layout.integers if whole_numbers else frozenset()
+        self.read = read
         self.record = OutputRecord()
         self._untraced = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
 
@@ -62,7 +74,11 @@ class FlatCall(nn.Module):
         own = [tensor.to(torch.int64) if i in self.whole else tensor for i, tensor in enumerate(tensors)]
         args, kwargs = self.layout.rebuild(own)
         method = method_of(self.model, self.layout.method)
-        with _confined_to_thread(self._untraced), marked_modules(self.model, self.marked) as self.record.marks:
+        with (
+            _confined_to_thread(self._untraced),
+            marked_modules(self.model, self.marked) as self.record.marks,
+            repeated(self.read) as read,
+        ):
             flat, self.record.spec = pytree.tree_flatten(method(self.model, *args, **kwargs))
         found = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         self.record.constants = tuple((i, leaf) for i, leaf in enumerate(flat) if not isinstance(leaf, torch.Tensor))
@@ -73,7 +89,7 @@ class FlatCall(nn.Module):
                     f" tensors, numbers and None in tuples, lists, dicts or registered output classes; pass"
                     f" return_dict=False, or register the class with torch.utils._pytree.register_dataclass"
                 )
-        return tuple(found)
+        return (*found, *read)
 
 
 @contextmanager
@@ -125,7 +141,7 @@ def trace_by_export(
     from lightcache_fx.passes.functionalize_writes import functionalize_writes
 
     shapes = tuple(dict.fromkeys(varying.get(index, ()), Dim.AUTO) for index in range(len(tensors)))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,) if varying else None, strict=False)
         functionalize_writes(program.graph_module.graph)
@@ -159,6 +175,17 @@ def trace_by_export(
     return Traced(program.graph_module, inputs, constants)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What export prints and logs of a trace that fails is kept back: another route may do, and ours say why not."""
+    vars(export_trace)["print"] = lambda *_, **__: None  # it prints the graph so far
+    try:
+        with quiet_logs():
+            yield
+    finally:
+        vars(export_trace).pop("print")
+
+
 def trace_real_tensors(flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Traced:
     """Tracing with real tensors through `make_fx`: handles whatever runs, sees only what this example did."""
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -175,10 +202,21 @@ def trace_real_tensors(flat: FlatCall, tensors: tuple[torch.Tensor, ...]) -> Tra
 
     with _module_stacks(flat), torch.fx.traceback.preserve_node_meta():
         graph_module = make_fx(run, tracing_mode="real", pre_dispatch=True)(*weights, *tensors)
+    if writes_in_place(graph_module.graph):
+        _make_functional(graph_module, (*weights, *tensors))
     inputs = [GraphInput("weight", name.removeprefix(f"{WRAPPER}."), "const") for name in names]
     inputs += [GraphInput("user", leaf.name, leaf.rate) for leaf in flat.layout.leaves]
     constants = _lift_constants(graph_module, inputs)
     return Traced(graph_module, inputs, constants)
+
+
+def _make_functional(graph_module: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> None:
+    """Turn writes into values of their own, which takes fake values that share memory as the real ones do."""
+    from lightcache_fx.passes.functionalize_writes import functionalize_writes
+
+    FakeTensorProp(graph_module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*arguments)
+    functionalize_writes(graph_module.graph)
+    graph_module.recompile()
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import Call, InputLeaf
@@ -21,21 +21,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SEEDS = (1, 2)
+_WHY_OWN = "the trace has lost something that the model does"
+_WHY_OTHERS = "a decision of the Python code depended on the example"
 
 
 def check_against_eager(capture: Capture, module: nn.Module, call: Call) -> None:
     """Compare the captured graph with the eager model, bitwise, on the call's inputs and on others of the same shapes.
 
     The other inputs have noise for latents, once negated, another timestep, shuffled integers from the same range and
-    other prefix lengths for masks. Where the eager model itself differs between two runs (nondeterministic kernels),
-    that difference bounds what is allowed.
+    other prefix lengths for masks; tensors whose values the capture takes for granted (`readings`) stay. Where the
+    eager model itself differs between two runs (nondeterministic kernels), that difference bounds what is allowed.
 
     Raises:
         CaptureMismatchError: with the largest difference and the inputs that showed it.
     """
     _compare(capture, module, call, call.tensors, "the call's own inputs")
+    fixed = capture.readings.arguments if capture.readings is not None else frozenset[str]()
     for seed in _SEEDS:
-        varied = (vary(call, seed), vary(call, seed, only_latent=True))
+        varied = (vary(call, seed, fixed=fixed), vary(call, seed, only_latent=True))
         tensors = next((t for t in varied if _eager(module, call, t) is not None), None)
         if tensors is None:
             raise CaptureMismatchError(
@@ -57,8 +60,7 @@ def _compare(capture: Capture, module: nn.Module, call: Call, tensors: Sequence[
     if len(expected) != len(found) or not worst <= allowed:
         raise CaptureMismatchError(
             f"the graph of {type(module).__name__} captured by {capture.route} differs from eager by {worst:.3g} on"
-            f" {inputs}:"
-            f" a decision of the Python code depended on the example"
+            f" {inputs}: {_WHY_OWN if tensors is call.tensors else _WHY_OTHERS}"
         )
     log.warning(
         "%s differs from itself by %.3g between two runs; its graph does no worse", type(module).__name__, allowed / 4
@@ -67,17 +69,24 @@ def _compare(capture: Capture, module: nn.Module, call: Call, tensors: Sequence[
 
 def run_graph(capture: Capture, module: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Run a captured graph as it is, with the module's present weights."""
+    return list(capture.graph_module.forward(*graph_arguments(capture, capture.graph_module.graph, module, tensors)))
+
+
+def graph_arguments(
+    capture: Capture, graph: fx.Graph, module: nn.Module, tensors: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What a graph of a capture takes: the module's present weights, constants, and a call's tensors."""
     slots = weight_slots(module)
     user = {leaf.name: tensor for leaf, tensor in zip(capture.layout.leaves, tensors, strict=True)}
-    args = []
-    for node in placeholders(capture.graph_module.graph):
+    args: list[torch.Tensor] = []
+    for node in placeholders(graph):
         binding = input_of(node)
         if binding.kind == "weight":
             table, name = slots[binding.name]
             args.append(table[name])
         else:
             args.append(user[binding.name] if binding.kind == "user" else capture.constants[binding.name])
-    return list(capture.graph_module.forward(*args))
+    return args
 
 
 def _eager(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
@@ -93,11 +102,11 @@ def _eager(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> li
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-def vary(call: Call, seed: int, *, only_latent: bool = False) -> tuple[torch.Tensor, ...]:
-    """Other inputs of the same shapes, dtypes and devices, plausible for what each one is."""
+def vary(call: Call, seed: int, *, only_latent: bool = False, fixed: Container[str] = ()) -> tuple[torch.Tensor, ...]:
+    """Other inputs of the same shapes, dtypes and devices, plausible for what each one is; those named fixed stay."""
     generator = torch.Generator().manual_seed(seed)
     varied = [
-        tensor if only_latent and leaf.rate != "latent" else _vary(tensor, leaf, generator)
+        tensor if (only_latent and leaf.rate != "latent") or leaf.name in fixed else _vary(tensor, leaf, generator)
         for tensor, leaf in zip(call.tensors, call.layout.leaves, strict=True)
     ]
     return tuple(tensor.round() if i in call.layout.integers else tensor for i, tensor in enumerate(varied))

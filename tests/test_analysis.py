@@ -340,3 +340,25 @@ def test_the_plan_says_what_the_schedule_can_gain() -> None:
 def test_a_cut_that_discards_the_latent_is_noted() -> None:
     plan = lc.plan(DENOISER, CALL, policy=lc.Policy(cache=lc.Cache(cut="outer", interval=2)))
     assert any("does not read the current latent" in text and "Residual" in text for text in plan.notes)
+
+
+class Beside(nn.Module):
+    """Most work is beside a small module, whose result changes with the latent too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.body = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 4))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.body(sample) * self.gate(sample * timestep)
+
+
+@pytest.mark.parametrize(("cut", "told"), [("gate", True), ("body", False)])
+def test_a_cut_that_saves_next_to_nothing_is_told_of(cut: str, told: bool) -> None:
+    """As a DeepCache branch of Stable Cascade, whose blocks work around what is joined."""
+    plan = lc.plan(
+        Beside().eval(), (torch.randn(2, 4), torch.tensor(9.0)), policy=lc.Policy(cache=lc.Cache(cut=cut, interval=2))
+    )
+    share = 4 * 4 / (4 * 4 + 2 * 4 * 64)
+    expected = f"cut gate saves only {share:.1%} of a step's FLOPs; cut='auto' finds where more is saved"
+    assert (expected in plan.notes) == told

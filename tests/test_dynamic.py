@@ -75,6 +75,17 @@ def test_a_third_size_is_captured_no_more(captures: Captures, caplog: pytest.Log
     assert "encoder_hidden_states.shape[0] = s" in text
 
 
+def test_views_share_a_capture(captures: Captures) -> None:
+    """Export has symbols for the tensor behind a view too, of which nothing here is a size."""
+    model = Denoiser()
+    transformed = lc.transform(model)
+    for batch in (2, 3, 5):
+        given = at_batch(batch, seed=batch)
+        behind = torch.cat([given["encoder_hidden_states"]] * 2).reshape(2, batch, 3)
+        check(model, transformed, **given | {"encoder_hidden_states": behind[1]})
+    assert captures == (1, 1)
+
+
 def test_the_first_size_keeps_the_programs_that_it_has() -> None:
     model = Denoiser()
     transformed = lc.transform(model)

@@ -123,7 +123,7 @@ def register(
     return add
 
 
-def _levels(kind: str, *, plain_first: bool = False, depth: int = 3) -> dict[str, tuple[str, ...]]:
+def levels(kind: str, *, plain_first: bool = False, depth: int = 3) -> dict[str, tuple[str, ...]]:
     """Block types of a U-Net that has no attention at its outermost or (Stable Diffusion) its innermost level."""
     down = [f"CrossAttnDownBlock{kind}"] * depth
     down[0 if plain_first else -1] = f"DownBlock{kind}"
@@ -139,7 +139,7 @@ def _levels(kind: str, *, plain_first: bool = False, depth: int = 3) -> dict[str
 
 @register(
     "sd", diffusers.UNet2DConditionModel, cuts=("up_blocks.3.attentions.1", "up_blocks.2"),
-    sample_size=16, **_levels("2D", depth=4), block_out_channels=(8, 16, 16, 16), norm_num_groups=4,
+    sample_size=16, **levels("2D", depth=4), block_out_channels=(8, 16, 16, 16), norm_num_groups=4,
     cross_attention_dim=16, attention_head_dim=2,
 )
 def _sd(draw: Draw) -> Inputs:
@@ -156,7 +156,7 @@ def _sd(draw: Draw) -> Inputs:
 
 @register(
     "sdxl", diffusers.UNet2DConditionModel, cuts=("up_blocks.2.resnets.1", "up_blocks.1.attentions.1"),
-    sample_size=8, **_levels("2D", plain_first=True), block_out_channels=(8, 16, 16), norm_num_groups=4,
+    sample_size=8, **levels("2D", plain_first=True), block_out_channels=(8, 16, 16), norm_num_groups=4,
     cross_attention_dim=16, attention_head_dim=(2, 2, 4), transformer_layers_per_block=(1, 1, 2),
     use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
     projection_class_embeddings_input_dim=64,
@@ -179,7 +179,7 @@ def _sdxl(draw: Draw) -> Inputs:
 @register(
     "svd", diffusers.UNetSpatioTemporalConditionModel, cuts=("up_blocks.2.attentions.1", "up_blocks.1"),
     # its group norms have 32 groups, whatever the config says
-    sample_size=8, **_levels("SpatioTemporal"), block_out_channels=(32, 32, 64), num_attention_heads=(2, 2, 4),
+    sample_size=8, **levels("SpatioTemporal"), block_out_channels=(32, 32, 64), num_attention_heads=(2, 2, 4),
     cross_attention_dim=16, addition_time_embed_dim=8, projection_class_embeddings_input_dim=24, num_frames=3,
 )
 def _svd(draw: Draw) -> Inputs:
@@ -194,7 +194,7 @@ def _svd(draw: Draw) -> Inputs:
 
 @register(
     "modelscope", diffusers.UNet3DConditionModel, cuts=("up_blocks.2.temp_attentions.1", "up_blocks.1"),
-    sample_size=8, **_levels("3D"), block_out_channels=(8, 16, 16), norm_num_groups=4, cross_attention_dim=16,
+    sample_size=8, **levels("3D"), block_out_channels=(8, 16, 16), norm_num_groups=4, cross_attention_dim=16,
     attention_head_dim=4,
 )
 def _modelscope(draw: Draw) -> Inputs:
@@ -209,7 +209,7 @@ def _modelscope(draw: Draw) -> Inputs:
 
 @register(
     "animatediff", diffusers.UNetMotionModel, cuts=("up_blocks.2.motion_modules.1", "up_blocks.1"),
-    sample_size=8, **_levels("Motion"), block_out_channels=(8, 16, 16), norm_num_groups=4,
+    sample_size=8, **levels("Motion"), block_out_channels=(8, 16, 16), norm_num_groups=4,
     cross_attention_dim=16, num_attention_heads=2, motion_num_attention_heads=2, motion_max_seq_length=8,
 )
 def _animatediff(draw: Draw) -> Inputs:
@@ -225,7 +225,7 @@ def _animatediff(draw: Draw) -> Inputs:
 
 @register(
     "i2vgenxl", diffusers.I2VGenXLUNet, cuts=("up_blocks.2.temp_attentions.1", "up_blocks.1"),
-    sample_size=8, **_levels("3D"), block_out_channels=(8, 16, 16), norm_num_groups=4, cross_attention_dim=16,
+    sample_size=8, **levels("3D"), block_out_channels=(8, 16, 16), norm_num_groups=4, cross_attention_dim=16,
     attention_head_dim=4,
 )
 def _i2vgenxl(draw: Draw) -> Inputs:
