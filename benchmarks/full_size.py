@@ -42,7 +42,7 @@ from lightcache_fx.cli.stages import STAGES, Meter
 from lightcache_fx.liveness import timeline
 from lightcache_fx.module import capture_and_plan
 from lightcache_fx.pipeline_plan import Stage, plan_pipeline
-from lightcache_fx.program import whole_graphs
+from lightcache_fx.program import whole_programs
 from lightcache_fx.units import format_bytes
 
 WAYS = ("plain", "deepcache", "cache", "lightcache")
@@ -85,10 +85,10 @@ class Kept:
 def cached_step(stage: Stage, cache: lc.Cache) -> Kept:
     """Our cut alone."""
     captured, plan = _planned(stage, lc.Policy(cache=cache))
-    graphs = whole_graphs(captured, plan)
-    steps = {name: timeline(graph, cuda=True).peak_bytes for name, graph in graphs.items() if name != "prologue"}
+    wholes = whole_programs(captured, plan)
+    steps = [timeline(whole.graph, cuda=True).peak_bytes for name, whole in wholes.items() if name != "prologue"]
     assert plan.cut is not None
-    return Kept(plan.kept_bytes, len(plan.cut.slots), max(steps.values()) + plan.kept_bytes + plan.hoist.num_bytes)
+    return Kept(plan.kept_bytes, len(plan.cut.slots), max(steps) + plan.kept_bytes + plan.hoist.num_bytes)
 
 
 def deepcache_step(stage: Stage, plain: int, interval: int) -> Kept:

@@ -290,7 +290,19 @@ def with_chunks(capture: Capture, plan: Plan, limit: Limit, *, cuda: bool | None
         if not chunk.fits:
             raise BudgetError(_explain_floor(plan, name, chunk, whole.graph), chunk.peak_after)
         chunks[name] = chunk
+    if frames is not None and not any(chunk.regions for chunk in chunks.values()):
+        notes += _unsliced(capture)
     return replace(plan, chunks=chunks, notes=(*plan.notes, *notes))
+
+
+def _unsliced(capture: Capture) -> Iterator[str]:
+    """Where a video was to be decoded slice by slice, and is decoded as a whole."""
+    batch, *sizes = capture.layout.tensor_types[0].shape
+    if capture.layout.method == "decode" and len(sizes) == 4 and sizes[1] > 1:
+        yield (
+            f"decode: the {sizes[1]} frames of {batch} video(s) depend on each other and are decoded at once; give a"
+            f" budget, as in Decode(budget='60%'), which cuts space as well"
+        )
 
 
 def _short_of_budget(name: str, chunk: ChunkPlan) -> str:

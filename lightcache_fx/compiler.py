@@ -55,6 +55,7 @@ class Compiler(Repertoire):
         register_distributions()
         super().__init__(module, policy, method, homes=homes, ledger=ledger)
         self._marked = paths_to_mark(policy.caches, module)
+        self._told_of_values = False
         self._sizes: DynamicSizes | None = None
         if may_be_dynamic(policy, method):
             self._sizes = DynamicSizes(module, policy, self._marked, self._compiled, varying or {})
@@ -71,6 +72,7 @@ class Compiler(Repertoire):
             if found is not None:
                 return found
         captured = capture(self.module, call, mark=self._marked, away=away)
+        self._tell_of_values(captured)
         signature = Signature(captured, self._planned(captured), self.state)
         plan = with_memory(captured, signature.plan, takes_turns=self.ledger.is_shared)
         for note in plan.notes:
@@ -87,6 +89,18 @@ class Compiler(Repertoire):
             if note not in compiled.plan.notes:
                 log.warning("%s", note)
         return self._compiled(signature, plan)
+
+    def _tell_of_values(self, captured: Capture) -> None:
+        """Warn once where calls of the same sizes may have to be captured anew, which takes as long as the first."""
+        if captured.readings is not None and not self._told_of_values:
+            self._told_of_values = True
+            log.warning(
+                "%s decides by the values of %s what it computes: where these are others, calls are captured anew, and"
+                " max_signatures=%d of them are held",
+                self.reader.owner,
+                ", ".join(sorted(captured.readings.arguments)),
+                self.policy.max_signatures,
+            )
 
     def _planned(self, captured: Capture) -> Plan:
         """The plan for a call; one that skips what other calls keep, as skip-layer guidance does, has every step full.

@@ -33,9 +33,9 @@ MAX_PERIOD = 8
 _MAX_CALLS = 16
 """Likewise, where a step has a call for each guidance branch."""
 _MIN_PERIOD = 3
+"""Steps: a full one, those in the middle, and the last before the next full one."""
 _LEAST_SAVED = 0.05
 """Of a full step's FLOPs; a cut that saves less is told of."""
-"""Steps: a full one, those in the middle, and the last before the next full one."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ class Decode(Settings):
 
     Attributes:
         frames: so many images or frames at a time, where they do not depend on each other; the default when no budget
-            is given is 1. Autoencoders whose frames do are refused; give a budget, which cuts space instead.
+            is given is 1. Frames in a batch that do are refused, and a video that is one value is decoded whole, which
+            a note says; give a budget, which cuts space instead.
         budget: the most bytes that activations may take; slices are chosen, of frames or strips of space, to keep it. A
             share (`"60%"`) is one of what decoding takes unsliced, and leaves encoding, which takes less, as it is.
         approximate: decode `frames` at a time even where they depend on each other, as if each slice were a video of

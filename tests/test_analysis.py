@@ -18,7 +18,7 @@ from graphs import Captured, captured
 from lightcache_fx.cut_search import search_cuts
 from lightcache_fx.cuts import measure_cut
 from lightcache_fx.errors import CutError
-from lightcache_fx.graphs import calls, input_of, num_bytes, outputs, placeholders
+from lightcache_fx.graphs import calls, input_of, module_path, num_bytes, outputs, placeholders
 from lightcache_fx.hoisting import plan_hoisting
 from lightcache_fx.joins import find_joins
 from lightcache_fx.rates import changes_within_run, rates_of
@@ -211,6 +211,28 @@ def test_nothing_is_hoisted_where_the_policy_says_so() -> None:
     transformed = lc.transform(DENOISER, lc.Policy(hoist=False))
     assert torch.equal(transformed(*CALL), DENOISER(*CALL))
     assert list(lc.inspect(transformed).programs) == ["full"]
+
+
+class JoinsInItsMidst(nn.Module):
+    """A block of Stable Cascade: what it is given goes around the layer that the skip is joined to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.deep = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 8))
+        self.depthwise, self.channelwise = nn.Linear(8, 8), nn.Linear(16, 8)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        skip = self.inner(sample * timestep)
+        given = self.deep(skip)
+        return given + self.channelwise(torch.cat([self.depthwise(given), skip], dim=-1))
+
+
+def test_a_block_that_joins_in_its_midst_is_left_in() -> None:
+    given = captured(JoinsInItsMidst().eval(), sample=torch.randn(2, 4), timestep=torch.tensor(9.0))
+    (join,) = find_joins(given.graph_module.graph, given.facts.flops, given.facts.rates)
+    assert module_path(join) == "deep.2"
+    choice = measure_cut(given.facts, "branch 0", [(join, None)])
+    assert choice.reuse_flops == 2 * 2 * (4 * 8 + 8 * 8 + 16 * 8)
 
 
 # The search -------------------------------------------------------------------------------------------------------

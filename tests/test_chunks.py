@@ -405,6 +405,21 @@ def test_frames_that_depend_on_each_other_are_refused_frame_by_frame() -> None:
         transformed.decode(latents, num_frames=len(latents))
 
 
+@pytest.mark.parametrize(
+    ("policy", "told"), [(Decode(), True), (Decode(frames=2), True), (Decode(budget="80%"), False)]
+)
+def test_a_video_that_is_decoded_whole_is_told_of(policy: Decode, told: bool) -> None:
+    vae = VAES["hunyuanvideo"].build()
+    latents = torch.randn(VAES["hunyuanvideo"].latent)
+    plan = lc.plan(vae, (latents,), policy=Policy(decode=policy), method="decode")
+    frames = latents.shape[2]
+    assert any(f"the {frames} frames of 1 video(s) depend on each other" in note for note in plan.notes) == told
+    assert bool(plan.chunks["full"].regions) != told
+    assert not lc.plan(
+        vae, (torch.randn(VAES["hunyuanvideo"].video),), policy=Policy(decode=policy), method="encode"
+    ).notes
+
+
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 

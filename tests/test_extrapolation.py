@@ -234,7 +234,11 @@ def test_the_peak_is_as_planned(schedule: dict[str, Any]) -> None:
     lc.restore(fast)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [SCHEDULES["uneven"], pytest.param(SCHEDULES["adaptive"], marks=pytest.mark.slow)],
+    ids=["uneven", "adaptive"],
+)
 def test_history_leaves_where_the_budget_wants_it(
     schedule: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,3 +76,10 @@ def test_another_size(name: str) -> None:
     sizes = (make_inputs(0), WIDE[name](Draw(0, 0, torch.float32)))
     for inputs in (*sizes, *sizes):
         assert_bitwise(step_of(transformed, **inputs), step_of(model, **inputs))
+
+
+@pytest.mark.parametrize("name", ["cascade_prior", "cascade_decoder", "kandinsky3", "unet2d", "unet1d"])
+def test_the_outermost_branch_of_a_u_net(name: str) -> None:
+    model, make_inputs = MORE[name].build()
+    plan = lc.plan(model, (), make_inputs(0), Policy.deepcache(interval=2, branch=0))
+    assert plan.reuse_flops() < 0.5 * plan.full_flops

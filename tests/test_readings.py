@@ -72,7 +72,9 @@ READS: list[Callable[[torch.Tensor], Any]] = [
 
 
 @pytest.mark.parametrize("how", READS)
-def test_each_decision_has_a_capture_of_its_own(how: Callable[[torch.Tensor], Any], captures: list[int]) -> None:
+def test_each_decision_has_a_capture_of_its_own(
+    how: Callable[[torch.Tensor], Any], captures: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     model = Decides(how)
     transformed = lc.transform(model)
     kinds = [{}, {"zeros": True}, {"lengths": (3, 1)}, {"seed": 7}, {"lengths": (3, 1), "seed": 3}, {"zeros": True}]
@@ -81,6 +83,8 @@ def test_each_decision_has_a_capture_of_its_own(how: Callable[[torch.Tensor], An
         assert torch.equal(transformed(*given), model(*given)), f"{kind}"
     assert len(captures) == 3
     assert lc.inspect(transformed).route == "export by values"
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "Decides decides by the values of encoder_hidden_states, mask what it computes" in record.message
 
 
 def test_a_value_that_is_written_anew_is_read_anew(captures: list[int]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 import lightcache_fx as lc
-from lightcache_fx import graphs, module_state, runtime, transfers
+from lightcache_fx import compiler, graphs, module_state, transfers
 from lightcache_fx.caching import Cache
 from lightcache_fx.capture import capture
 from lightcache_fx.costs import CPU
@@ -386,7 +386,7 @@ def test_weights_that_go_home_are_no_change_of_the_module(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         module_state, "_weight_type", lambda weight: (weight.dtype, elsewhere[homes.is_home(weight)], weight.shape)
     )
-    monkeypatch.setattr(runtime, "capture", lambda *args, **kwargs: captures.append(1) or capture(*args, **kwargs))
+    monkeypatch.setattr(compiler, "capture", lambda *args, **kwargs: captures.append(1) or capture(*args, **kwargs))
     for batch in (2, 4, 2, 4):
         with torch.no_grad():
             swapped(latent(0, batch), torch.tensor(900.0), prompt(0, batch))
