@@ -204,6 +204,45 @@ def test_sizes_that_depend_on_data(cut: str | lc.Residual, capfd: pytest.Capture
     assert capfd.readouterr().err == ""
 
 
+class TwoStreams(nn.Module):
+    """Blocks of a stream of fixed length and one of words without padding."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.text = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            image = image + self.image(F.scaled_dot_product_attention(image, text, text))
+            return image, text + self.text(F.scaled_dot_product_attention(text, image, image))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoStreams.Block() for _ in range(4))
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        image, text = sample * timestep, encoder_hidden_states[:, mask[0]]
+        for block in self.blocks:
+            image, text = block(image, text)
+        return image
+
+
+@pytest.mark.parametrize("cut", ["auto", lc.Residual(first="blocks.1", last="blocks.2")])
+def test_streams_whose_sizes_depend_on_data_are_told_apart(cut: str | lc.Residual) -> None:
+    torch.manual_seed(0)
+    model, text = TwoStreams().eval(), torch.randn(1, 10, 8)
+    transformed = lc.transform(model, lc.Policy(cache=lc.Cache(cut=cut, interval=2)))
+    for length in (7, 3):
+        mask = (torch.arange(10) < length)[None]
+        for step in range(4):
+            sample, timestep = torch.randn(1, 6, 8), torch.tensor(900.0 - step)
+            found, expected = (module(sample, timestep, text, mask) for module in (transformed, model))
+            assert torch.equal(found, expected) == (step % 2 == 0), f"length {length}, step {step}"
+    assert lc.inspect(transformed).route == "export"
+
+
 class Adapted(nn.Module):
     """Adds in place to what a block has returned twice, as a U-Net does with what an adapter gives it."""
 

@@ -77,12 +77,19 @@ def test_a_third_size_is_captured_no_more(captures: Captures, caplog: pytest.Log
 
 def test_views_share_a_capture(captures: Captures) -> None:
     """Export has symbols for the tensor behind a view too, of which nothing here is a size."""
-    model = Denoiser()
-    transformed = lc.transform(model)
-    for batch in (2, 3, 5):
-        given = at_batch(batch, seed=batch)
-        behind = torch.cat([given["encoder_hidden_states"]] * 2).reshape(2, batch, 3)
-        check(model, transformed, **given | {"encoder_hidden_states": behind[1]})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, hidden_states: torch.Tensor, txt_ids: torch.Tensor) -> torch.Tensor:
+            return self.layer(hidden_states) + txt_ids[0].sum(dim=0)
+
+    model = Model().eval().requires_grad_(False)
+    transformed, txt_ids = lc.transform(model), torch.randn(6, 4)[None]
+    for tokens in (16, 24, 20):
+        check(model, transformed, hidden_states=torch.randn(1, tokens, 4), txt_ids=txt_ids)
     assert captures == (1, 1)
 
 
