@@ -785,15 +785,7 @@ def _z(d, h=8, w=8):
     "z_image_ragged",
     diffusers.ZImageTransformer2DModel,
     second={"h": 16, "w": 8},
-    in_channels=4,
-    dim=32,
-    n_layers=3,
-    n_refiner_layers=1,
-    n_heads=2,
-    n_kv_heads=2,
-    cap_feat_dim=24,
-    axes_dims=[4, 6, 6],
-    axes_lens=[128, 32, 32],
+    **config_of("z_image"),
 )
 def _zr(d, h=8, w=8):
     return {**_z(d, h, w), "cap_feats": [d.conditioning(40, 24), d.conditioning(5, 24)]}
