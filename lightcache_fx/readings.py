@@ -90,7 +90,9 @@ def _lists_are_read() -> Iterator[None]:
     """The tensors of a trace make lists number by number; in this thread they are read as others are, at once."""
     me = threading.get_ident()
     kinds: tuple[type[torch.Tensor], ...] = (FakeTensor, FunctionalTensor)
-    own: dict[type[torch.Tensor], Callable[[torch.Tensor], Any]] = {kind: vars(kind)[_LIST] for kind in kinds}
+    own: dict[type[torch.Tensor], Callable[[torch.Tensor], Any]] = {
+        kind: vars(kind)[_LIST] for kind in kinds if _LIST in vars(kind)
+    }
 
     def read(kind: type[torch.Tensor]) -> Callable[[torch.Tensor], Any]:
         def tolist(self: torch.Tensor) -> Any:
@@ -99,7 +101,7 @@ def _lists_are_read() -> Iterator[None]:
         return tolist
 
     try:
-        for kind in kinds:
+        for kind in own:
             setattr(kind, _LIST, read(kind))
         yield
     finally:
