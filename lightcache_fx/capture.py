@@ -1,9 +1,10 @@
 """Capture: a module and one real call -> one flat ATen graph whose weights are inputs.
 
 Routes, in order: an eager warm-up call (it fills lazily computed caches with real tensors), `torch.export` in
-non-strict mode, and, where that fails, tracing with real tensors. Real-tensor tracing bakes in Python decisions that
-depended on the example, so every capture, whatever its route, is compared with the eager model on other inputs of the
-same shapes and refused when it differs. The module is put back as it was afterwards.
+non-strict mode, the same with modules that stop it opaque, tracing with real tensors, and export with the values that
+a run reads of tensors (`readings.py`). Real-tensor tracing bakes in Python decisions that depended on the example, so
+every capture, whatever its route, is compared with the eager model on other inputs of the same shapes and refused when
+it differs. The module is put back as it was afterwards.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Capture:
         output_spec: how the returned tensors and `output_constants` make up the model's output.
         output_constants: the leaves of the output that are no tensors, by position.
         marks: what each `lightcache::mark` node in the graph stands for, by its tag.
-        route: `export`, `export with ... opaque` or `trace`.
+        route: `export`, `export with ... opaque`, `trace` or `export by values`.
         verified: whether the graph was compared with eager (never for fake tensors).
         layout: the call that it was captured from.
         readings: what it takes for granted of the values of the call's tensors; None where that is nothing.

@@ -97,6 +97,29 @@ def test_a_value_that_is_written_anew_is_read_anew(captures: list[int]) -> None:
     assert len(captures) == 2
 
 
+class ReadsWhatItHasRead(Decides):
+    """Reads of words that it has picked by how many it has read there are."""
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        words = encoder_hidden_states[mask.bool()].reshape(int(mask.sum().item()), 3)
+        factor = 2 if words.max().item() > 0 else 1
+        return (
+            self.outer(torch.cat([self.inner(sample) * timestep, self.text(words).mean(dim=0).expand(2, 8)], 1))
+            * factor
+        )
+
+
+def test_a_capture_whose_reads_other_values_do_not_lead_to_does_not_hold(captures: list[int]) -> None:
+    model = ReadsWhatItHasRead()
+    transformed = lc.transform(model)
+    for lengths in ((2, 5), (3, 1), (2, 5), (3, 1)):
+        given = inputs(0, lengths=lengths)
+        assert torch.equal(transformed(*given), model(*given)), f"{lengths}"
+    assert len(captures) == 2
+
+
 def test_the_same_tensors_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Decides()
     transformed = lc.transform(model)
