@@ -103,7 +103,7 @@ class ReadsWhatItHasRead(Decides):
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        words = encoder_hidden_states[mask.bool()].reshape(int(mask.sum().item()), 3)
+        words = encoder_hidden_states[mask.bool()] * torch.arange(1.0, 1 + mask.sum().item())[:, None]
         factor = 2 if words.max().item() > 0 else 1
         return (
             self.outer(torch.cat([self.inner(sample) * timestep, self.text(words).mean(dim=0).expand(2, 8)], 1))
