@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from lightcache_fx.calls import Call, CallLayout
 from lightcache_fx.capture_lock import CAPTURE_LOCK
+from lightcache_fx.data_sizes import note_sizes
 from lightcache_fx.errors import ArgumentError, CaptureError, CaptureMismatchError, SwapError
 from lightcache_fx.fetching import WeightsAway, aliases
 from lightcache_fx.graphs import (
@@ -32,7 +33,6 @@ from lightcache_fx.graphs import (
     describe,
     drop_unused_inputs,
     input_of,
-    note_sizes,
     placeholders,
     written_by,
     written_input,

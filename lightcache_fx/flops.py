@@ -11,7 +11,8 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightcache_fx.graphs import agreeing_size, calls, expression, is_view
+from lightcache_fx.data_sizes import agreeing_size
+from lightcache_fx.graphs import calls, expression, is_view
 
 log = logging.getLogger(__name__)
 

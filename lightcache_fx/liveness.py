@@ -30,7 +30,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
-from lightcache_fx.graphs import agreeing_size, depends_on_data, input_of, is_mark, module_path
+from lightcache_fx.data_sizes import agreeing_size, depends_on_data
+from lightcache_fx.graphs import input_of, is_mark, module_path
 from lightcache_fx.quiet import quiet_logs
 from lightcache_fx.units import format_bytes
 from lightcache_fx.workspaces import attention_on_cuda, workspace_bytes
